@@ -1,0 +1,198 @@
+"""Every knob of a run on one page.
+
+A run is described by one YAML file with the sections below. Each key has a type, a default and one line that
+says what it does; `prefix-ds config` prints this page. A key marked `free` may change when a run goes on from
+its checkpoint: it says how the work is done or shown, not what comes out.
+
+Knows nothing of tensors, clusters or files; imports no torch.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def key(default: Any, doc: str, *, free: bool = False, **bounds: Any) -> Any:
+    """A field with its one line of documentation; `free` ones may differ when a run goes on."""
+    return Field(default, description=doc, json_schema_extra={"free": free}, **bounds)
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown one is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelKeys(Section):
+    """The frozen base."""
+
+    name: str | None = key(None, "hub id or folder of the base; required unless train.method is pretrain")
+    revision: str | None = key(None, "branch, tag or commit of a hub id")
+    tokenizer: str | None = key(None, "hub id or folder of the tokenizer, when it is not the base's own")
+    config: dict[str, Any] = key({}, "pretrain: the architecture (model_type and its sizes)")
+    dtype: Literal["bfloat16", "float32"] = key("bfloat16", "number format of the base's weights")
+    recompute: bool = key(
+        False, "compute activations again in the backward pass: less memory, more time", free=True
+    )
+    attention: Literal["auto", "sdpa", "eager"] = key(
+        "auto", "attention the prefix is put in front of; auto takes the model's own", free=True
+    )
+    trust_remote_code: bool = key(False, "run Python code that comes with the base")
+
+
+class PrefixKeys(Section):
+    """The trained keys and values."""
+
+    length: int | None = key(None, "positions; empty takes the length of prefix.text", ge=1)
+    init: Literal["text", "random"] = key(
+        "text", "start from the keys and values of prefix.text, or from noise"
+    )
+    text: str | None = key(None, "the instruction to start from; repeated up to prefix.length")
+    init_std: float = key(0.02, "standard deviation of a random start", gt=0)
+    reparam_dim: int = key(
+        0, "width of the tanh MLP of Li & Liang (2021) the prefix is trained through; 0 for none", ge=0
+    )
+    layers: Literal["all"] | list[int] = key(
+        "all", "attention layers that get a prefix, counted from 0; -1 is the last"
+    )
+
+
+class DataKeys(Section):
+    """Records, and how they become text."""
+
+    train: str | list[str] | None = key(
+        None, "files (.jsonl .csv .parquet .txt, globs) or a hub id, as ORG/NAME?split=train"
+    )
+    valid: str | list[str] | None = key(None, "the same, for validation")
+    test: str | list[str] | None = key(None, "the same, for the final scores")
+    prompt: str = key("", "what the model reads; {field} is replaced by the record's field")
+    target: str = key(
+        "{text}", "what it learns to write; a field that holds a list makes one example an entry"
+    )
+    references: str | None = key(None, "target template of valid and test, where it differs from data.target")
+    max_length: int = key(1024, "tokens of prompt and target together, the prefix not counted", ge=2)
+    too_long: Literal["cut_prompt", "drop", "split", "error"] = key(
+        "cut_prompt", "longer examples: cut the prompt's start, drop, split into pieces (plain text), or stop"
+    )
+    packing: bool = key(True, "several examples in one row, which do not see each other", free=True)
+    workers: int = key(1, "processes that tokenise", ge=1, free=True)
+
+
+class TrainKeys(Section):
+    """What is trained, how long and how fast."""
+
+    method: Literal["prefix", "full", "pretrain"] = key(
+        "prefix", "the prefix; all weights; or a new base from scratch"
+    )
+    epochs: float = key(5.0, "passes over the training examples", gt=0)
+    max_steps: int | None = key(None, "optimizer steps, instead of train.epochs", ge=0)
+    global_batch_size: int = key(64, "examples in one optimizer step, over all ranks", ge=1)
+    micro_batch_tokens: int = key(8192, "tokens one rank runs at once", ge=1, free=True)
+    lr: float = key(5e-3, "peak learning rate", ge=0)
+    warmup_steps: int = key(0, "steps from 0 to train.lr", ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = key(
+        "cosine", "what the learning rate does after the warmup"
+    )
+    weight_decay: float = key(0.0, "decoupled weight decay (AdamW)", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's two decay rates")
+    clip_norm: float = key(1.0, "largest norm of the gradient; 0 does not clip", ge=0)
+    seed: int = key(0, "order of the examples and random starts", ge=0)
+
+
+class EngineKeys(Section):
+    """How the base is spread over the devices."""
+
+    deepspeed: str = key("zero3", "a preset of ds_configs/, or the path of a DeepSpeed file", free=True)
+
+
+class RunKeys(Section):
+    """Where the run lives, and its cadences in steps (0: never)."""
+
+    folder: str = key("runs/default", "the run folder", free=True)
+    log_every: int = key(10, "steps between two lines of metrics", ge=1, free=True)
+    valid_every: int = key(100, "steps between two validations; the last step always has one", ge=0)
+    save_every: int = key(100, "steps between two checkpoints; the last step always has one", ge=0, free=True)
+    keep: int = key(2, "checkpoints kept", ge=1, free=True)
+
+
+class MlflowKeys(Section):
+    """Where the metrics are mirrored to."""
+
+    uri: str | None = key(
+        "sqlite:///mlflow.db", "tracking server or database; empty: metrics.jsonl only", free=True
+    )
+    experiment: str = key("prefix-ds", "experiment the run belongs to", free=True)
+    name: str | None = key(None, "name of the run; empty: that of the run folder", free=True)
+    tags: dict[str, str] = key({}, "tags of the run", free=True)
+
+
+class GenerateKeys(Section):
+    """How text is written with a trained prefix."""
+
+    max_new_tokens: int = key(128, "longest output, in tokens", ge=1, free=True)
+    num_beams: int = key(1, "beams; 1 is greedy or sampled", ge=1, free=True)
+    temperature: float = key(0.0, "0 takes the likeliest token; above, tokens are sampled", ge=0, free=True)
+    top_p: float = key(
+        1.0, "sample from the likeliest tokens of this total probability", gt=0, le=1, free=True
+    )
+    batch_size: int = key(8, "prompts a rank continues at once", ge=1, free=True)
+
+
+class RunConfig(Section):
+    """A whole run: the sections of run.yaml."""
+
+    model: ModelKeys = ModelKeys()
+    prefix: PrefixKeys = PrefixKeys()
+    data: DataKeys = DataKeys()
+    train: TrainKeys = TrainKeys()
+    engine: EngineKeys = EngineKeys()
+    run: RunKeys = RunKeys()
+    mlflow: MlflowKeys = MlflowKeys()
+    generate: GenerateKeys = GenerateKeys()
+
+    @model_validator(mode="after")
+    def _base_is_named(self) -> "RunConfig":
+        scratch = self.train.method == "pretrain"
+        if scratch and self.model.name:
+            raise ValueError(
+                "model.name: a pretrained base is made from model.config; leave model.name empty"
+            )
+        if scratch and "model_type" not in self.model.config:
+            raise ValueError("model.config: pretrain needs a model_type (say llama) and its sizes")
+        if not scratch and not self.model.name:
+            raise ValueError("model.name: missing; name a folder or a hub id")
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_can_start(self) -> "RunConfig":
+        if self.train.method != "prefix":
+            return self
+        if self.prefix.init == "text" and not self.prefix.text:
+            raise ValueError(
+                "prefix.text: missing; write the instruction to start from, or set prefix.init: random"
+            )
+        if self.prefix.init == "random" and self.prefix.length is None:
+            raise ValueError("prefix.length: missing; a random start has no text to take its length from")
+        return self
+
+    @model_validator(mode="after")
+    def _data_can_be_read(self) -> "RunConfig":
+        if not self.data.train:
+            raise ValueError("data.train: missing; name a file or a hub id")
+        if self.data.too_long == "split" and self.data.prompt:
+            raise ValueError(
+                "data.too_long: split is for plain text; with a data.prompt choose cut_prompt, drop or error"
+            )
+        if self.train.micro_batch_tokens < self.data.max_length:
+            raise ValueError(
+                f"train.micro_batch_tokens: {self.train.micro_batch_tokens} is less than data.max_length "
+                f"{self.data.max_length}; one example must fit"
+            )
+        return self
+
+    @field_validator("prefix")
+    @classmethod
+    def _layers_are_named_once(cls, prefix: PrefixKeys) -> PrefixKeys:
+        if prefix.layers != "all" and (not prefix.layers or len(set(prefix.layers)) < len(prefix.layers)):
+            raise ValueError(f"prefix.layers: {prefix.layers} is empty or names a layer twice")
+        return prefix

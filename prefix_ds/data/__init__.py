@@ -1,0 +1,1 @@
+"""From text records to packed batches, the same at any world size."""

@@ -1,0 +1,215 @@
+"""Who am I among how many, and how do we agree.
+
+One process is the size-1 case of the same code: without a launcher's variables a group of one is made.
+`World` is the frozen answer to "which rank, how many, on which device"; the functions below are the few
+collective calls the rest of the program needs, and every rank must make them in the same order.
+
+The only place of the package that reads or sets the process environment. Knows nothing of models or data.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from prefix_ds.errors import PeerLost, PrefixError
+
+if TYPE_CHECKING:
+    import torch
+
+Answer = TypeVar("Answer")
+
+# A frozen base moves gigabytes through short-lived buffers: without these, glibc keeps every one it ever
+# freed (FACTS).
+_CPU_ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: "torch.device"
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0: the one that writes."""
+        return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """The first rank of its node: the one that prepares what a node shares."""
+        return self.local_rank == 0
+
+
+def rank_of_environment() -> int:
+    """The rank a launcher gave this process; 0 without one. Needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_with(**variables: str) -> dict[str, str]:
+    """This process's environment and these variables, for a child process."""
+    return os.environ | variables
+
+
+def set_default_environment(**variables: str) -> None:
+    """Sets variables that the user has not set."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
+    """The world, with a process group for as long as the block lasts. Every rank calls this."""
+    import torch
+    import torch.distributed as group
+
+    env = os.environ
+    size, rank = int(env.get("WORLD_SIZE", "1")), rank_of_environment()
+    local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", size))
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(_threads(local_size))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    set_default_environment(  # DeepSpeed reads them even where torch needs none
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+    )
+    alone = group.HashStore() if size == 1 else None  # type: ignore[attr-defined]
+    group.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        store=alone,
+        rank=rank if alone else -1,
+        world_size=size if alone else -1,
+    )
+    try:
+        yield World(rank, size, local_rank, local_size, device)
+    finally:
+        if sys.exc_info()[0] is None:  # after an error a peer may be gone, and a farewell would wait for it
+            group.destroy_process_group()
+
+
+def _threads(local_size: int) -> int:
+    """CPU threads of a rank: its share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun sets OMP_NUM_THREADS=1 where nobody set it, which wastes cores; it cannot be told from a user's
+    wish, so a user who wants one thread sets PREFIX_DS_THREADS.
+    """
+    wish = os.environ.get("PREFIX_DS_THREADS")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(wish) if wish else max(1, cores // max(1, local_size))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def restart_with_lean_allocator() -> None:
+    """Starts this program again with an allocator that gives freed memory back (CPU ranks on glibc)."""
+    if not sys.platform.startswith("linux") or all(name in os.environ for name in _CPU_ALLOCATOR):
+        return
+    environment = _CPU_ALLOCATOR | dict(os.environ)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def summed(values: "torch.Tensor") -> "torch.Tensor":
+    """The element-wise sum over all ranks, in place. Every rank calls this."""
+    import torch.distributed as group
+
+    with _peers_may_die():
+        if group.get_world_size() > 1:
+            group.all_reduce(values)
+    return values
+
+
+def from_first(value: Answer) -> Answer:
+    """Rank 0's value, on every rank (a small picklable one). Every rank calls this."""
+    import torch.distributed as group
+
+    box = [value]
+    with _peers_may_die():
+        if group.get_world_size() > 1:
+            group.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(value: Answer) -> list[Answer]:
+    """The values of all ranks, in order of rank, on every rank. Every rank calls this."""
+    import torch.distributed as group
+
+    boxes: list[Answer] = [value] * group.get_world_size()
+    with _peers_may_die():
+        if group.get_world_size() > 1:
+            group.all_gather_object(boxes, value)
+    return boxes
+
+
+def together(work: Callable[[], Answer]) -> Answer:
+    """Runs `work` on every rank; a user's mistake on one is raised on all, so that none waits for a dead peer.
+
+    Every rank calls this. `work` must make no collective call of its own after it may have failed.
+    """
+    answer, mistake = None, None
+    try:
+        answer = work()
+    except PrefixError as error:
+        mistake = error
+    first = next((e for e in gathered(mistake) if e is not None), None)
+    if first is not None:
+        raise first
+    return answer  # type: ignore[return-value]
+
+
+def first_here_first(world: World, work: Callable[[], Answer]) -> Answer:
+    """Runs `work` on the first rank of each node, then on the others, which find what it cached.
+
+    Every rank calls this.
+    """
+    answer = together(work if world.is_first_here else lambda: None)
+    rest = together((lambda: None) if world.is_first_here else work)
+    return answer if world.is_first_here else rest  # type: ignore[return-value]
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has called it."""
+    import torch.distributed as group
+
+    with _peers_may_die():
+        if group.get_world_size() > 1:
+            group.barrier()
+
+
+@contextlib.contextmanager
+def _peers_may_die() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
+
+
+def hide_from_children(names: tuple[str, ...]) -> None:
+    """Removes variables from this process, and so from the processes it starts."""
+    for name in names:
+        os.environ.pop(name, None)
+
+
+def home_cache() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefix-ds"
