@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from prefix_ds.errors import PeerLost, PrefixError
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 Answer = TypeVar("Answer")
-
-# A frozen base moves gigabytes through short-lived buffers: without these, glibc keeps every one it ever
-# freed (FACTS).
-_CPU_ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-}
 
 
 @dataclass(frozen=True)
@@ -121,14 +112,6 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def restart_with_lean_allocator() -> None:
-    """Starts this program again with an allocator that gives freed memory back (CPU ranks on glibc)."""
-    if not sys.platform.startswith("linux") or all(name in os.environ for name in _CPU_ALLOCATOR):
-        return
-    environment = _CPU_ALLOCATOR | dict(os.environ)
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
 def summed(values: "torch.Tensor") -> "torch.Tensor":
     """The element-wise sum over all ranks, in place. Every rank calls this."""
     import torch.distributed as group
@@ -162,7 +145,7 @@ def gathered(value: Answer) -> list[Answer]:
 
 
 def together(work: Callable[[], Answer]) -> Answer:
-    """Runs `work` on every rank; a user's mistake on one is raised on all, so that none waits for a dead peer.
+    """Runs `work` on every rank; a user's mistake on one is raised on all, so none waits for a dead peer.
 
     Every rank calls this. `work` must make no collective call of its own after it may have failed.
     """
@@ -202,14 +185,3 @@ def _peers_may_die() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
-
-
-def hide_from_children(names: tuple[str, ...]) -> None:
-    """Removes variables from this process, and so from the processes it starts."""
-    for name in names:
-        os.environ.pop(name, None)
-
-
-def home_cache() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefix-ds"

@@ -14,7 +14,7 @@ from prefix_ds.config import TrainKeys
 
 
 def learning_rate(step: int, num_steps: int, keys: TrainKeys) -> float:
-    """The rate of step 0 <= step < num_steps: linear warmup to `train.lr`, then the schedule's way to zero."""
+    """The rate of step 0 <= step < num_steps: linear warmup to `train.lr`, then the schedule's way down."""
     if step < keys.warmup_steps:
         return keys.lr * (step + 1) / keys.warmup_steps
     done = (step - keys.warmup_steps) / max(1, num_steps - keys.warmup_steps)

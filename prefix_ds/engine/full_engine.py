@@ -1,4 +1,4 @@
-"""One step of training every weight: the baseline a prefix is compared with, and how a base is made from scratch.
+"""One step of training every weight: the baseline of a prefix, and how a base is made from scratch.
 
 Here DeepSpeed's own ZeRO-3 optimizer holds master weights and moments in shards. It averages gradients over
 ranks, and our loss is a part of a global mean, so each part is multiplied by the number of ranks. The number

@@ -9,7 +9,7 @@ Every rank holds the same prefix and takes the same step; nothing of it is shard
 files.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from prefix_ds.engine.step import StepReport
 from prefix_ds.errors import RunError
 from prefix_ds.model import PrefixLM
 from prefix_ds.optim import adamw, optimizer_tensors, restore_optimizer
-from prefix_ds.prefix import Prefix
+from prefix_ds.prefix import Prefix, Slot
 
 WriteTable = Callable[[Path, Tensor, dict[str, object]], None]
 
@@ -54,12 +54,12 @@ class PrefixEngine:
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in share.micro_batches:
             part = self.lm.loss(batch.to(self.world.device), leaf, self.prefix.slots) / share.global_targets
-            part.backward()
+            torch.autograd.backward(part)
             loss += part.detach()
             self.lm.detach()
         assert leaf.grad is not None
         self.optimizer.zero_grad(set_to_none=True)
-        table.backward(summed(leaf.grad))
+        torch.autograd.backward(table, summed(leaf.grad))
         norm = nn.utils.clip_grad_norm_(self.trained, self.keys.clip_norm or float("inf"))
         report = StepReport(float(summed(loss)), float(norm), share.global_targets, share.global_tokens)
         refuse_nonsense(report)
@@ -93,7 +93,7 @@ class PrefixEngine:
 def mean_loss(
     lm: PrefixLM,
     table: Tensor | None,
-    slots: tuple[object, ...],
+    slots: Sequence[Slot],
     shares: Iterable[Share],
     device: torch.device,
 ) -> float:
@@ -112,7 +112,7 @@ def mean_loss(
 
 
 def refuse_nonsense(report: StepReport) -> None:
-    """Raises RunError when the loss or the gradient is not a number: the update would destroy what was learned."""
+    """Raises RunError when the loss or the gradient is no number: the update would ruin what was learned."""
     if not (abs(report.loss) < float("inf") and report.grad_norm < float("inf")):
         raise RunError(
             f"the loss is {report.loss}, its gradient's norm {report.grad_norm}: training has diverged; "
