@@ -18,6 +18,7 @@ from pathlib import Path
 from prefix_ds.errors import RunError
 
 TEMPORARY = ".tmp-"
+OLD = ".old-"
 
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
 
@@ -41,6 +42,40 @@ def whole_file(path: Path) -> Iterator[Path]:
         except BaseException:
             remove(temporary)
             raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it becomes `path`, which may exist. Raises RunError.
+
+    A folder cannot replace another in one rename: killed between two, the old one is left as `.old-NAME`, and
+    `restore_folder` puts it back.
+    """
+    temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(OLD + path.name)
+    with telling_disk_errors(path):
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+        except BaseException:
+            remove(temporary)
+            raise
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync(path.parent)
+    remove(old)
+
+
+def restore_folder(path: Path) -> None:
+    """Mends what a kill within `whole_folder` left: `path` is then the old folder or the new one."""
+    old = path.with_name(OLD + path.name)
+    if old.exists() and not path.exists():
+        old.rename(path)
+    remove(old)
 
 
 @contextlib.contextmanager

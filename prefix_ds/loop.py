@@ -1,8 +1,7 @@
 """Time: step, log, validate, save, stop.
 
-Written out in full, without callbacks: what happens when can be read from top to bottom. Where a run stands
-is one frozen value, `Progress`; together with the engine's tensors it is all a checkpoint holds, because the
-data of a step is a pure function of its number and nothing draws random numbers after the start.
+Written out in full, without callbacks: what happens when can be read from top to bottom. The stream gives the
+batch of a step from its number alone, so going on from a checkpoint is starting the loop at another number.
 
 Knows nothing of what is in tensors, of ranks or of disks.
 """
@@ -17,16 +16,7 @@ from prefix_ds.data.batch import Share
 from prefix_ds.engine.step import Engine, StepReport
 from prefix_ds.errors import Stopped
 from prefix_ds.optim import learning_rate
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands after `step` optimizer steps."""
-
-    step: int = 0
-    valid_loss: float | None = None  # the latest
-    best_loss: float | None = None
-    best_step: int | None = None
+from prefix_ds.progress import Progress
 
 
 class Stream(Protocol):

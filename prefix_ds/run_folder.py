@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prefix_ds.config import RunConfig, config_text, differing_keys, read_config
 from prefix_ds.errors import RunError
-from prefix_ds.files import write_text_atomically
+from prefix_ds.files import restore_folder, telling_disk_errors, write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,10 @@ def claim(config: RunConfig) -> RunFolder:
         raise RunError(
             f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"
         )
-    try:
+    with telling_disk_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder.config_file, config_text(config))
-    except OSError as error:
-        raise RunError(f"run.folder: {folder.path}: cannot be written: {error.strerror or error}") from None
+    restore_folder(folder.model)
+    write_text_atomically(folder.config_file, config_text(config))
     return folder
 
 

@@ -21,8 +21,9 @@ from prefix_ds.dist import World, summed, wait_for_all
 from prefix_ds.engine.prefix_engine import mean_loss, refuse_nonsense
 from prefix_ds.engine.sharding import Sharded, whole_tensors
 from prefix_ds.engine.step import StepReport
-from prefix_ds.files import replaced_folder
+from prefix_ds.files import whole_folder
 from prefix_ds.model import PrefixLM
+from prefix_ds.progress import Progress
 
 
 class FullEngine:
@@ -80,12 +81,12 @@ class FullEngine:
         state["fp32_flat_groups"] = [tensors[f"weights.{i}"] for i in range(len(state["fp32_flat_groups"]))]
         optimizer._rigid_load_state_dict(state)
 
-    def write_result(self, folder: Path, facts: dict[str, object]) -> None:
+    def write_result(self, folder: Path, progress: Progress) -> None:
         """Writes an ordinary Hugging Face folder, gathered parameter by parameter. Every rank calls this."""
         model = self.model.module
         whole = whole_tensors(model, keep=self.world.is_first)
         if self.world.is_first:
-            with replaced_folder(folder) as temporary:
+            with whole_folder(folder) as temporary:
                 model.save_pretrained(temporary, state_dict=whole)  # type: ignore[operator]
                 self.tokenizer.save_pretrained(temporary)
         wait_for_all()

@@ -23,8 +23,9 @@ from prefix_ds.errors import RunError
 from prefix_ds.model import PrefixLM
 from prefix_ds.optim import adamw, optimizer_tensors, restore_optimizer
 from prefix_ds.prefix import Prefix, Slot
+from prefix_ds.progress import Progress
 
-WriteTable = Callable[[Path, Tensor, dict[str, object]], None]
+WriteTable = Callable[[Path, Tensor, Progress], None]
 
 
 class PrefixEngine:
@@ -84,10 +85,10 @@ class PrefixEngine:
         restore_optimizer(self.optimizer, _below("optimizer.", tensors))
 
     @torch.no_grad()
-    def write_result(self, folder: Path, facts: dict[str, object]) -> None:
+    def write_result(self, folder: Path, progress: Progress) -> None:
         """Writes the plain keys and values; an MLP is baked in."""
         if self.world.is_first:
-            self._write(folder, self.prefix.table().detach().cpu(), facts)
+            self._write(folder, self.prefix.table().detach().cpu(), progress)
 
 
 def mean_loss(

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from prefix_ds.data.batch import Share
+from prefix_ds.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,6 @@ class Engine(Protocol):
         """Puts back what `tensors` gave."""
         ...
 
-    def write_result(self, folder: Path, facts: dict[str, object]) -> None:
+    def write_result(self, folder: Path, progress: Progress) -> None:
         """Writes what the training is for, whole or not at all."""
         ...
