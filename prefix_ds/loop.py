@@ -44,8 +44,12 @@ class Journal(Protocol):
         """Keeps the numbers of a step for good."""
         ...
 
-    def advance(self, step: int, values: dict[str, float]) -> None:
-        """Shows that a step is done."""
+
+class Bar(Protocol):
+    """Shows how far the run has come."""
+
+    def at(self, done: float, **shown: float | str) -> None:
+        """So many steps are done; `shown` are numbers worth seeing."""
         ...
 
 
@@ -77,6 +81,7 @@ class Run:
     stream: Stream
     validation: Validation | None
     journal: Journal
+    bar: Bar
     memory: Memory
     stop: StopQuestion
 
@@ -96,7 +101,7 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Pro
         progress = replace(progress, step=progress.step + 1)
         last = progress.step == run.stream.num_steps
 
-        run.journal.advance(progress.step, values)
+        run.bar.at(progress.step, loss=report.loss, tokens_per_second=values["time/tokens_per_second"])
         if last or progress.step % cadence.log_every == 0:
             run.journal.metrics(progress.step, values)
         if last or _due(cadence.valid_every, progress.step):
