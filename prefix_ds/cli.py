@@ -119,7 +119,7 @@ def import_(
 @app.command()
 def sync(run: Run) -> None:
     """Send to MLflow what it has not got of a run."""
-    from prefix_ds.tracking.mirror import sync_run
+    from prefix_ds.tracking import sync_run
 
     sync_run(run)
 

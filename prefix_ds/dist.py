@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+# What gloo, NCCL and torch's store say of a rank that no longer answers; they raise plain RuntimeErrors.
+_PEER_IS_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Timed out waiting",
+    "NCCL",
+    "Broken pipe",
+    "gloo/transport",
+)
+
 
 @dataclass(frozen=True)
 class World:
@@ -116,7 +126,7 @@ def summed(values: "torch.Tensor") -> "torch.Tensor":
     """The element-wise sum over all ranks, in place. Every rank calls this."""
     import torch.distributed as group
 
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.all_reduce(values)
     return values
@@ -127,7 +137,7 @@ def from_first(value: Answer) -> Answer:
     import torch.distributed as group
 
     box = [value]
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.broadcast_object_list(box)
     return box[0]
@@ -138,7 +148,7 @@ def gathered(value: Answer) -> list[Answer]:
     import torch.distributed as group
 
     boxes: list[Answer] = [value] * group.get_world_size()
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.all_gather_object(boxes, value)
     return boxes
@@ -160,6 +170,11 @@ def together(work: Callable[[], Answer]) -> Answer:
     return answer  # type: ignore[return-value]
 
 
+def on_first(world: World, work: Callable[[], Answer]) -> Answer:
+    """What rank 0 makes of `work`, on every rank; so is its mistake. Every rank calls this."""
+    return from_first(together(work if world.is_first else lambda: None))  # type: ignore[return-value]
+
+
 def first_here_first(world: World, work: Callable[[], Answer]) -> Answer:
     """Runs `work` on the first rank of each node, then on the others, which find what it cached.
 
@@ -174,14 +189,17 @@ def wait_for_all() -> None:
     """Returns when every rank has called it."""
     import torch.distributed as group
 
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.barrier()
 
 
 @contextlib.contextmanager
-def _peers_may_die() -> Iterator[None]:
+def peers_may_die() -> Iterator[None]:
+    """Tells a collective call that failed because another rank is gone from every other error: PeerLost."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
+        if any(sign in str(error) for sign in _PEER_IS_GONE):
+            raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
+        raise

@@ -1,7 +1,8 @@
 """`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records.
 
-Prompts are sorted by length and dealt to the ranks in equal numbers of batches, since under ZeRO-3 every rank must run
-every layer as often as the others; what one rank lacks is filled with repeats whose output is dropped.
+Prompts are sorted by length and dealt to the ranks in equal numbers of batches, since under ZeRO-3 every rank
+must run every layer as often as the others; what one rank lacks is filled with repeats whose output is
+dropped.
 """
 
 import json
@@ -13,8 +14,9 @@ from typing import Any
 
 from prefix_ds.config import GenerateKeys, RunConfig, parse_config
 from prefix_ds.config.reading import config_text
-from prefix_ds.data import Prompt, read_prompts, single_prompt
+from prefix_ds.data import Prompt, prompt_of_text, read_prompts
 from prefix_ds.dist import World, gathered, joined_world, peers_may_die, together
+from prefix_ds.errors import ConfigError
 from prefix_ds.files import write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
@@ -66,8 +68,8 @@ def write_outputs(
             outputs = _continued(opened, [prompts[n].ids for n in batch], keys, world)
             mine |= dict(zip(batch, outputs, strict=True))
             bar.at(done)
-    outputs = {n: text for part in gathered(mine) for n, text in part.items()}
-    return [Written(p.text, outputs[n], p.references) for n, p in enumerate(prompts)]
+    texts = {n: text for part in gathered(mine) for n, text in part.items()}
+    return [Written(p.text, texts[n], p.references) for n, p in enumerate(prompts)]
 
 
 def _dealt(order: Sequence[int], batch_size: int, world: World) -> Iterator[list[int]]:
@@ -87,7 +89,7 @@ def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, wor
         num_beams=keys.num_beams,
         temperature=keys.temperature,
         top_p=keys.top_p,
-        end_ids=[tokenizer.eos_token_id],
+        eos_ids=[tokenizer.eos_token_id],
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         synced=world.size > 1,
     )
@@ -95,10 +97,15 @@ def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, wor
 
 
 def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:
+    data = config.data
     if request.prompt is not None:
-        return [single_prompt(request.prompt, tokenizer)]
-    source = str(request.input_file) if request.input_file else config.data.test or config.data.valid
-    return list(read_prompts(config.data, source, tokenizer))
+        return [prompt_of_text(request.prompt, tokenizer, data.max_length)]
+    if request.input_file:
+        source = str(request.input_file)
+        return read_prompts(source, "--input", data, tokenizer, data.max_length, references=False)
+    if not data.test:
+        raise ConfigError("nothing to write for: give --prompt, --input, or data.test")
+    return read_prompts(data.test, "data.test", data, tokenizer, data.max_length, references=True)
 
 
 def _deliver(written: Sequence[Written], output: Path | None) -> None:

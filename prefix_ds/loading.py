@@ -53,14 +53,15 @@ def load_base(keys: ModelKeys) -> nn.Module:
     return base
 
 
-def new_base(keys: ModelKeys, vocab_size: int) -> nn.Module:
-    """A base of the architecture in `model.config`, with random weights.
+def new_base(keys: ModelKeys, tokenizer: Any) -> nn.Module:
+    """A base of the architecture in `model.config`, of the tokenizer's size, with random weights.
 
     Raises ConfigError. Every rank calls this.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": vocab_size} | keys.config
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = special | keys.config | {"vocab_size": len(tokenizer)}
     try:
         config = AutoConfig.for_model(**sizes)
         base: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, keys.dtype))

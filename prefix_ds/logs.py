@@ -1,7 +1,7 @@
 """Log lines: configured once, by the composition root.
 
-Rank 0 speaks at INFO, the others at WARNING and with their number in front. Libraries speak only when something is
-wrong. Knows nothing of what is logged.
+Rank 0 speaks at INFO, the others at WARNING and with their number in front. Libraries speak only when
+something is wrong. Knows nothing of what is logged.
 """
 
 import logging

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from prefix_ds import tracking
 from prefix_ds.config import RunKeys, TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.engine.step import Engine, StepReport
@@ -26,30 +27,6 @@ class Stream(Protocol):
 
     def share(self, step: int) -> Share:
         """This rank's part of the global batch of a step."""
-        ...
-
-
-class Validation(Protocol):
-    """The validation batches, in a fixed order."""
-
-    def shares(self) -> Iterable[Share]:
-        """This rank's parts of the whole split."""
-        ...
-
-
-class Journal(Protocol):
-    """Where numbers go."""
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Keeps the numbers of a step for good."""
-        ...
-
-
-class Bar(Protocol):
-    """Shows how far the run has come."""
-
-    def at(self, done: float, **shown: float | str) -> None:
-        """So many steps are done; `shown` are numbers worth seeing."""
         ...
 
 
@@ -79,9 +56,9 @@ class Run:
 
     engine: Engine
     stream: Stream
-    validation: Validation | None
-    journal: Journal
-    bar: Bar
+    validation: Iterable[Share] | None  # this rank's parts of the whole split, in a fixed order
+    tracker: tracking.Tracker
+    bar: tracking.Progress
     memory: Memory
     stop: StopQuestion
 
@@ -103,7 +80,7 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Pro
 
         run.bar.at(progress.step, loss=report.loss, tokens_per_second=values["time/tokens_per_second"])
         if last or progress.step % cadence.log_every == 0:
-            run.journal.metrics(progress.step, values)
+            run.tracker.metrics(progress.step, values)
         if last or _due(cadence.valid_every, progress.step):
             progress = _validated(run, progress)
         stop = run.stop.agreed()
@@ -124,8 +101,8 @@ def _validated(run: Run, progress: Progress) -> Progress:
         if progress.step == run.stream.num_steps:
             run.memory.save_result(run.engine, progress)
         return progress
-    loss = run.engine.validate(run.validation.shares())
-    run.journal.metrics(progress.step, {"valid/loss": loss})
+    loss = run.engine.validate(run.validation)
+    run.tracker.metrics(progress.step, {"valid/loss": loss})
     progress = replace(progress, valid_loss=loss)
     if progress.best_loss is None or loss < progress.best_loss:
         progress = replace(progress, best_loss=loss, best_step=progress.step)

@@ -20,7 +20,8 @@ from prefix_ds.checkpoint import (
     seal,
     write_tensors,
 )
-from prefix_ds.dist import World, from_first, gathered, together
+from prefix_ds.config import RunConfig
+from prefix_ds.dist import World, gathered, on_first, together
 from prefix_ds.engine.step import Engine
 from prefix_ds.errors import RunError
 from prefix_ds.progress import Progress
@@ -30,9 +31,10 @@ from prefix_ds.run_folder import RunFolder
 class RunMemory:
     """The memory of one run, in its folder. Every rank calls each method."""
 
-    def __init__(self, folder: RunFolder, world: World, keep: int, result: str) -> None:
-        """`keep` checkpoints are kept; `result` is the name of the result's folder."""
-        self.folder, self.world, self.keep, self.result = folder, world, keep, folder.path / result
+    def __init__(self, folder: RunFolder, world: World, config: RunConfig) -> None:
+        """Keeps `run.keep` checkpoints; the result is a prefix or a model, as `train.method` says."""
+        self.folder, self.world, self.keep = folder, world, config.run.keep
+        self.result = folder.prefix if config.train.method == "prefix" else folder.model
 
     def save(self, engine: Engine, progress: Progress) -> None:
         """Writes a checkpoint; older ones beyond `keep` go. Raises RunError."""
@@ -40,8 +42,10 @@ class RunMemory:
         if engine.every_rank_saves:
             self._save_by_all(engine, progress.step, state)
         else:
-            self._first(lambda: save_checkpoint(self.folder.path, progress.step, engine.tensors(), state))
-        self._first(lambda: prune(self.folder.path, self.keep))
+            on_first(
+                self.world, lambda: save_checkpoint(self.folder.path, progress.step, engine.tensors(), state)
+            )
+        on_first(self.world, lambda: prune(self.folder.path, self.keep))
 
     def save_result(self, engine: Engine, progress: Progress) -> None:
         """Writes the best result so far. Raises RunError."""
@@ -52,30 +56,26 @@ class RunMemory:
 
         Raises RunError.
         """
-        found = self._first(lambda: latest(self.folder.path))
+        found = on_first(self.world, lambda: latest(self.folder.path))
         if found is None:
             return Progress()
         self._refuse_other_world(found)
         if engine.every_rank_saves:
             tensors = together(lambda: found.tensors(name=self._file()))
         else:
-            tensors = self._first(found.tensors)
+            tensors = on_first(self.world, found.tensors)
         engine.restore(tensors)
         return Progress(**found.state["progress"])
-
-    def _first(self, work: Any) -> Any:
-        """What rank 0 makes of `work`, on every rank; so is its failure."""
-        return from_first(together(work if self.world.is_first else lambda: None))
 
     def _file(self) -> str:
         return f"rank-{self.world.rank:04d}.safetensors"
 
     def _save_by_all(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
         run = self.folder.path
-        self._first(lambda: begin(run, step))
+        on_first(self.world, lambda: begin(run, step))
         digest = together(lambda: write_tensors(pending_folder(run, step) / self._file(), engine.tensors()))
         digests = gathered(digest)
-        self._first(lambda: seal(run, step, digests, state))
+        on_first(self.world, lambda: seal(run, step, digests, state))
 
     def _refuse_other_world(self, found: Checkpoint) -> None:
         ranks = found.state["ranks"]

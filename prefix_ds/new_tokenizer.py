@@ -1,7 +1,7 @@
 """A tokenizer for a base that is made from scratch: byte-level BPE, trained on the base's own texts.
 
-Byte-level, so that no text is unknown. One special token ends every document and starts those that have no prompt.
-Training is `tokenizers`' own. Knows nothing of models.
+Byte-level, so that no text is unknown. One special token ends every document and starts those that have no
+prompt. Training is `tokenizers`' own. Knows nothing of models.
 """
 
 from collections.abc import Iterable

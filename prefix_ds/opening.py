@@ -1,7 +1,7 @@
 """Opens what a run produced, to use it: the base in shards, the prefix in front of it, the tokenizer.
 
-For `prefix` runs that is the base of run.yaml and the best prefix; for runs that trained all weights their own model
-folder, with nothing in front. Knows nothing of what it is used for.
+For `prefix` runs that is the base of run.yaml and the best prefix; for runs that trained all weights their
+own model folder, with nothing in front. Knows nothing of what it is used for.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
     """The model a run's result runs on: its base, or the model it trained."""
     if config.train.method == "prefix":
         return config.model
-    own = {"name": str(folder.model), "revision": None, "tokenizer": None, "config": {}}
+    own: dict[str, Any] = {"name": str(folder.model), "revision": None, "tokenizer": None, "config": {}}
     return config.model.model_copy(update=own)
 
 

@@ -1,16 +1,19 @@
 """`prefix-ds train`: a run from its configuration to its result.
 
-Reads like a table of contents: the world, the run folder, tokenizer and data, the base in shards and what is trained
-on it, where the run goes on, the loop. Each line names the room that does the work.
+Reads like a table of contents: the world, the run folder, tokenizer and data, the base in shards and what is
+trained on it, where the run goes on, the loop. Each line names the room that does the work.
 """
 
+import importlib.metadata
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prefix_ds.config import RunConfig
+from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.data import Examples, Stream, Sweep, load_examples, read_texts
 from prefix_ds.dist import World, joined_world, on_first, peers_may_die, together, wait_for_all
 from prefix_ds.engine.full_engine import FullEngine
@@ -34,12 +37,15 @@ from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, pro
 
 log = logging.getLogger(__name__)
 
+_TOLD_PACKAGES = ("prefix-ds", "torch", "deepspeed", "transformers")
+
 
 @dataclass(frozen=True)
 class Trained:
     """What is trained, on what: an engine, and the shards behind it."""
 
     engine: PrefixEngine | FullEngine
+    lm: PrefixLM
     base: Sharded
     num_trained: int  # elements
     num_frozen: int
@@ -61,21 +67,23 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     tokenizer = _tokenizer(config, folder, world)
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     trained = _trained(config, settings, tokenizer, world)
-    memory = RunMemory(folder, world, config.run.keep, "prefix" if config.train.method == "prefix" else "model")
+    memory = RunMemory(folder, world, config)
     start = memory.restore(trained.engine)
-    stream = Stream(examples["train"], config.data, config.train, world)
-    sweep = Sweep(examples["valid"], config.data, config.train, world) if "valid" in examples else None
-    _tell(config, world, trained, list(examples.values()), start)
+    data = _rows_for(config.data, trained.lm)
+    stream = Stream(examples["train"], data, config.train, world)
+    sweep = Sweep(examples["valid"], data, config.train, world) if "valid" in examples else None
+    _tell(world, trained, list(examples.values()), start)
     tracker = open_tracker(
         folder.path,
-        _facts(config, folder, list(examples.values()), world),
+        _facts(config, folder, list(examples.values())),
         uri=config.mlflow.uri,
         resume_step=start.step or None,
         is_first=world.is_first,
     )
     bar = progress("training", stream.num_steps, done=start.step, is_visible=world.is_first)
     with tracker, bar as shown:
-        end = fit(Run(trained.engine, stream, sweep, tracker, shown, memory, stop), config.train, config.run, start)
+        run = Run(trained.engine, stream, sweep, tracker, shown, memory, stop)
+        end = fit(run, config.train, config.run, start)
         wait_for_all()
     log.info("%s", _farewell(memory, end))
     return end
@@ -86,7 +94,7 @@ def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings]:
     settings = deepspeed_settings(config, world.size)
     if config.model.name:
         check_folder(config.model)
-    folder = claim(config) if world.is_first else RunFolder.of(config)
+    folder = claim(config) if world.is_first else RunFolder(Path(config.run.folder))
     if world.is_first:
         write_text_atomically(folder.deepspeed_file, json.dumps(settings, indent=2) + "\n")
     return folder, settings
@@ -121,14 +129,15 @@ def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World
     shards = sharded_with_optimizer(base, settings, adamw(base.parameters(), config.train))
     lm = _wrapped(shards, config, world)
     engine = FullEngine(lm, shards, config.train, world, tokenizer)
-    return Trained(engine, shards, shards.num_parameters(), 0)
+    return Trained(engine, lm, shards, shards.num_parameters(), 0)
 
 
 def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World) -> Trained:
     lm = _wrapped(shards, config, world)
     prefix = initial_prefix(lm, config.prefix, tokenizer, config.train.seed, world.device)
-    engine = PrefixEngine(lm, prefix, config.train, world, prefix_writer(config, shards.module, lm, prefix.slots))
-    return Trained(engine, shards, sum(p.numel() for p in engine.trained), shards.num_parameters())
+    write = prefix_writer(config.model, shards.module.config, lm, prefix.slots)
+    engine = PrefixEngine(lm, prefix, config.train, world, write)
+    return Trained(engine, lm, shards, sum(p.numel() for p in engine.trained), shards.num_parameters())
 
 
 def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
@@ -137,3 +146,47 @@ def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
     for line in lm.limits if world.is_first else ():
         log.warning("%s", line)
     return lm
+
+
+def _rows_for(data: DataKeys, lm: PrefixLM) -> DataKeys:
+    """The data keys, with packing off for a base whose layers carry state from one document to the next."""
+    if data.packing and not lm.can_pack:
+        log.warning("data.packing is off: %s cannot keep documents of one row apart", lm.family)
+        return data.model_copy(update={"packing": False})
+    return data
+
+
+def _facts(config: RunConfig, folder: RunFolder, examples: Sequence[Examples]) -> Facts:
+    """What MLflow is told about the run, apart from its numbers."""
+    return Facts(
+        experiment=config.mlflow.experiment,
+        name=config.mlflow.name or folder.path.name,
+        params=flattened(config.model_dump(mode="json")),
+        tags=process_tags(sys.argv) | {"prefix_ds.method": config.train.method} | config.mlflow.tags,
+        datasets=tuple(
+            DatasetFacts(e.records.name, e.records.identity, e.report.split, e.records.name) for e in examples
+        ),
+    )
+
+
+def _tell(world: World, trained: Trained, examples: Sequence[Examples], start: Progress) -> None:
+    """The first lines of the log: versions, world, data, what is trained and what this rank holds."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _TOLD_PACKAGES)
+    log.info("%s; %d ranks on %s", versions, world.size, world.device.type)
+    for e in examples:
+        log.info("%s", e.report.line())
+    log.info(
+        "trained %s, frozen %s elements; %s resident on each rank",
+        f"{trained.num_trained:,}",
+        f"{trained.num_frozen:,}",
+        f"{trained.base.resident_bytes() / 2**20:,.1f} MiB",
+    )
+    if start.step:
+        log.info("going on after step %d", start.step)
+
+
+def _farewell(memory: RunMemory, end: Progress) -> str:
+    best = (
+        "" if end.best_loss is None else f"; best validation loss {end.best_loss:.4f} at step {end.best_step}"
+    )
+    return f"done after {end.step} steps{best}: {memory.result}"

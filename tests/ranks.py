@@ -1,6 +1,7 @@
 """Runs a function on several ranks, in real processes that talk over gloo.
 
-The processes come from a fork server that has the heavy packages loaded, so a test pays for torch and DeepSpeed once.
+The processes come from a fork server that has the heavy packages loaded, so a test pays for torch and
+DeepSpeed once.
 """
 
 import multiprocessing
@@ -14,12 +15,14 @@ FORKSERVER.set_forkserver_preload(["torch", "deepspeed", "transformers", "datase
 
 
 def on_ranks(size, work, *arguments, timeout_seconds=240):
-    """The results of `work(*arguments)` on ranks 0 to size - 1; a failure on any is raised here, with its traceback."""
+    """The results of `work(*arguments)` on ranks 0 to size - 1; a failure on any of them is raised here."""
     port = free_port()
     started = []
     for rank in range(size):
         mine, theirs = FORKSERVER.Pipe()
-        process = FORKSERVER.Process(target=_rank, args=(theirs, rank, size, port, work, arguments), daemon=False)
+        process = FORKSERVER.Process(
+            target=_rank, args=(theirs, rank, size, port, work, arguments), daemon=False
+        )
         process.start()
         theirs.close()
         started.append((process, mine))
@@ -67,7 +70,7 @@ def _rank(pipe, rank, size, port, work, arguments):
     os.environ.update(rank_environment(rank, size, port))
     try:
         pipe.send(("done", work(*arguments)))
-    except BaseException as error:  # noqa: BLE001 - it is raised in the test
+    except BaseException as error:  # it is raised in the test
         pipe.send(("failed", (_sendable(error), traceback.format_exc())))
 
 

@@ -7,7 +7,22 @@ import torch
 from prefix_ds.config import parse_config
 from prefix_ds.new_tokenizer import trained_tokenizer
 
-WORDS = "the cat dog bird red blue big small sees likes runs sleeps in on under house tree garden".split()
+WORDS = (
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "red",
+    "blue",
+    "big",
+    "sees",
+    "likes",
+    "sleeps",
+    "under",
+    "house",
+    "tree",
+    "garden",
+)
 
 
 def records(count, seed=0):
@@ -47,14 +62,16 @@ def base_folder(folder, **sizes):
         "initializer_range": 0.1,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(small | sizes), bos_token_id=0, eos_token_id=0, pad_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(**(small | sizes), bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    )
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
 
 def run_config(folder, *overrides, base=None):
-    """The configuration of a small prefix run below `folder`, whose base and data are made if they are not there."""
+    """A small prefix run below `folder`, whose base and data are made if they are not there."""
     base = base or folder / "base"
     if not base.exists():
         base_folder(base)

@@ -23,7 +23,7 @@ CONSOLE = Console(stderr=True)
 class Progress(Protocol):
     """Work in progress."""
 
-    def at(self, done: int, **shown: float | str) -> None:
+    def at(self, done: float, **shown: float | str) -> None:
         """`done` of the total is done; `shown` are named values worth seeing, say loss."""
         ...
 
@@ -43,7 +43,7 @@ def progress(
 
 
 class _Silent:
-    def at(self, done: int, **shown: float | str) -> None:
+    def at(self, done: float, **shown: float | str) -> None:
         pass
 
 
@@ -51,7 +51,7 @@ class _Bar:
     def __init__(self, bars: rich_progress.Progress, task: rich_progress.TaskID) -> None:
         self._bars, self._task = bars, task
 
-    def at(self, done: int, **shown: float | str) -> None:
+    def at(self, done: float, **shown: float | str) -> None:
         self._bars.update(self._task, completed=done, shown=_told(shown))
 
 
@@ -64,7 +64,7 @@ class _Lines:
         self._began = time.monotonic()
         self._told = self._began
 
-    def at(self, done: int, **shown: float | str) -> None:
+    def at(self, done: float, **shown: float | str) -> None:
         now = time.monotonic()
         if done < self._total and now - self._told < self._every:
             return
