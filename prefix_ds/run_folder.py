@@ -30,6 +30,11 @@ class RunFolder:
         return self.path / "run.yaml"
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there are results; a start that failed before leaves only the configuration."""
+        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
+    @property
     def deepspeed_file(self) -> Path:
         """The resolved DeepSpeed settings."""
         return self.path / "deepspeed.json"
@@ -57,7 +62,8 @@ def claim(config: RunConfig) -> RunFolder:
     """
     folder = RunFolder(Path(config.run.folder))
     if folder.config_file.exists():
-        _refuse_another(folder, config)
+        if folder.has_begun:
+            _refuse_another(folder, config)
     elif folder.path.is_dir() and any(folder.path.iterdir()):
         raise RunError(
             f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"

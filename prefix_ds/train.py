@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefix_ds import __version__
 from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.data import Examples, Stream, Sweep, load_examples, read_texts
 from prefix_ds.dist import World, joined_world, on_first, peers_may_die, together, wait_for_all
@@ -37,7 +38,7 @@ from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, pro
 
 log = logging.getLogger(__name__)
 
-_TOLD_PACKAGES = ("prefix-ds", "torch", "deepspeed", "transformers")
+_TOLD_PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _facts(config: RunConfig, folder: RunFolder, examples: Sequence[Examples]) -
 def _tell(world: World, trained: Trained, examples: Sequence[Examples], start: Progress) -> None:
     """The first lines of the log: versions, world, data, what is trained and what this rank holds."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _TOLD_PACKAGES)
-    log.info("%s; %d ranks on %s", versions, world.size, world.device.type)
+    log.info("prefix-ds %s, %s; %d ranks on %s", __version__, versions, world.size, world.device.type)
     for e in examples:
         log.info("%s", e.report.line())
     log.info(

@@ -81,7 +81,7 @@ def run_config(folder, *overrides, base=None):
     return parse_config(
         f"""
 model: {{name: {base}, dtype: float32}}
-prefix: {{text: "turn the words around:", length: 12}}
+prefix: {{text: "turn the words around:"}}
 data:
   train: {folder}/train.jsonl
   valid: {folder}/valid.jsonl
