@@ -1,0 +1,60 @@
+"""Rows of examples as tensors.
+
+A document of prompt length p and total length n that starts at column o has its targets predicted at the
+columns o+p-1 ... o+n-2, one before each: the columns of one document never predict the first token of the
+next. What is left of a row is one more document of padding, whose positions start at 0 too.
+
+Knows nothing of how the rows were chosen.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefix_ds.data.batch import Batch
+
+Ints = NDArray[np.int64]
+
+
+def collate(
+    rows: Sequence[Sequence[int]],
+    ids: Mapping[int, NDArray[np.int32]],
+    num_targets: Sequence[int] | Ints,
+    pad_id: int,
+) -> Batch:
+    """One micro-batch; `rows` holds indices into `ids` and `num_targets`. No rows make an empty batch."""
+    if not rows:
+        return empty_batch(pad_id)
+    widths = [sum(len(ids[document]) for document in row) for row in rows]
+    ids_BT = np.full((len(rows), max(widths)), pad_id, dtype=np.int64)
+    positions_BT = np.zeros_like(ids_BT)
+    is_target_BT = np.zeros(ids_BT.shape, dtype=bool)
+    for b, row in enumerate(rows):
+        column = 0
+        for document in row:
+            end = column + len(ids[document])
+            ids_BT[b, column:end] = ids[document]
+            positions_BT[b, column:end] = np.arange(end - column)
+            is_target_BT[b, end - num_targets[document] : end] = True
+            column = end
+        positions_BT[b, column:] = np.arange(max(widths) - column)
+    return _batch(ids_BT, positions_BT, np.flatnonzero(is_target_BT), sum(widths))
+
+
+def empty_batch(pad_id: int) -> Batch:
+    """What a rank runs when it has nothing left and others do: two tokens, no target."""
+    ids_BT = np.full((1, 2), pad_id, dtype=np.int64)
+    return _batch(ids_BT, np.array([[0, 1]]), np.zeros(0, dtype=np.int64), 0)
+
+
+def _batch(ids_BT: Ints, positions_BT: Ints, places_M: Ints, num_tokens: int) -> Batch:
+    """`places_M` are the targets' own places in the flattened rows; each is predicted one before."""
+    return Batch(
+        ids_BT=torch.from_numpy(ids_BT),
+        positions_BT=torch.from_numpy(positions_BT),
+        target_index_M=torch.from_numpy(places_M - 1),
+        target_ids_M=torch.from_numpy(ids_BT.ravel()[places_M]),
+        num_tokens=num_tokens,
+    )

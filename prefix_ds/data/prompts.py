@@ -1,0 +1,69 @@
+"""Prompts to continue, with what people would have written: records encoded without their targets.
+
+The ids are those that training put in front of a target, cut from the start in the same way when they are
+too long.
+
+Knows nothing of how text is generated or scored.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prefix_ds.config import DataKeys
+from prefix_ds.data.encode import Encoder, encoder_of
+from prefix_ds.data.source import Source, read_records
+from prefix_ds.data.tokenise import templates_of
+from prefix_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to continue."""
+
+    text: str
+    ids: tuple[int, ...]
+    references: tuple[str, ...]  # as the template made them; none if none were asked for
+    record: dict[str, Any]  # all of its fields
+    was_cut: bool
+
+
+def read_prompts(
+    source: Source, key: str, data: DataKeys, tokenizer: Any, max_tokens: int, *, references: bool
+) -> list[Prompt]:
+    """The prompts of a source's records, in order; `key` names it in messages (data.test, --input).
+
+    `max_tokens` bounds a prompt's ids: a longer one loses its start, or is a DataError if data.too_long is
+    error. With `references` the records must hold what data.references (or data.target) needs. Raises
+    DataError as `read_records` and the templates do. Makes no collective call: of a node's ranks let the
+    first go first.
+    """
+    records = read_records(source, key)
+    prompt, target = templates_of("test", data)
+    prompt.check(records[0], records.place(0))
+    encoder = encoder_of(tokenizer)
+    found = []
+    for index, record in enumerate(records):
+        where = records.place(index)
+        text = prompt.text(record, where)
+        wanted = tuple(target.texts(record, where)) if references else ()
+        found.append(_prompt(encoder, text, wanted, record, max_tokens))
+        if found[-1].was_cut and data.too_long == "error":
+            raise DataError(
+                f"{where}: the prompt is longer than {max_tokens} tokens, and data.too_long is error"
+            )
+    return found
+
+
+def prompt_of_text(text: str, tokenizer: Any, max_tokens: int) -> Prompt:
+    """A prompt that is given as it is, not through a template."""
+    return _prompt(encoder_of(tokenizer), text, (), {}, max_tokens)
+
+
+def _prompt(
+    encoder: Encoder, text: str, references: tuple[str, ...], record: dict[str, Any], max_tokens: int
+) -> Prompt:
+    (ids,) = encoder.prompts([text])
+    kept = encoder.cut_prompt(ids, max_tokens)
+    if not kept:
+        raise DataError(f"a prompt of {max_tokens} tokens at most has no room for any text")
+    return Prompt(text, tuple(kept), references, record, was_cut=len(kept) < len(ids))

@@ -1,0 +1,88 @@
+"""One rank's part of every global batch: order, packing and collating put together.
+
+A `Stream` is for training: share(step) is a pure function of its arguments and needs no other rank. All ranks
+plan the whole global batch (a few milliseconds for a thousand examples) and collate only their own part. A
+`Sweep` is for validation: all examples once, in the order of their files. The union of the ranks' shares
+holds the same examples at any world size, so sums over it are the same.
+
+Knows nothing of models, and of time only the number of a step.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from prefix_ds.config import DataKeys, TrainKeys
+from prefix_ds.data.batch import Share
+from prefix_ds.data.collate import collate
+from prefix_ds.data.examples import Examples, Ints
+from prefix_ds.data.order import Order
+from prefix_ds.data.packing import Limits, plan
+from prefix_ds.dist import World
+
+# Micro-batches a rank gets at once in a sweep: more waste less on the last one, and take more memory.
+_SWEEP_MICRO_BATCHES = 8
+
+
+class Stream:
+    """The training batches of one rank."""
+
+    def __init__(self, examples: Examples, data: DataKeys, train: TrainKeys, world: World) -> None:
+        """Nothing is read until a share is asked for."""
+        self.examples, self.world = examples, world
+        self.order = Order(len(examples), train)
+        self.limits = _limits(data, train)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.order.num_steps
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch."""
+        return len(self.examples)
+
+    def share(self, step: int) -> Share:
+        """This rank's micro-batches of a step, 0 being the first."""
+        return _share(self.examples, self.order.batch(step), self.limits, self.world)
+
+
+class Sweep:
+    """All examples once, as the shares of one rank; every rank gets as many."""
+
+    def __init__(self, examples: Examples, data: DataKeys, train: TrainKeys, world: World) -> None:
+        """`train` says only how many tokens a micro-batch has."""
+        self.examples, self.world = examples, world
+        self.limits = _limits(data, train)
+
+    def __iter__(self) -> Iterator[Share]:
+        for chunk in self._chunks():
+            yield _share(self.examples, chunk, self.limits, self.world)
+
+    def __len__(self) -> int:
+        return len(self._chunks())
+
+    def _chunks(self) -> list[Ints]:
+        """Neighbouring examples with about as many tokens as all ranks take in a few micro-batches."""
+        budget = self.world.size * self.limits.micro_batch_tokens * _SWEEP_MICRO_BATCHES
+        chunk_of = (np.cumsum(self.examples.lengths) - 1) // budget
+        borders = np.flatnonzero(np.diff(chunk_of)) + 1
+        return np.split(np.arange(len(self.examples)), borders)
+
+
+def _limits(data: DataKeys, train: TrainKeys) -> Limits:
+    return Limits(data.max_length, train.micro_batch_tokens, data.packing)
+
+
+def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Share:
+    lengths, num_targets = examples.lengths[batch], examples.num_targets[batch]
+    own = plan(lengths.tolist(), limits, world.size)[world.rank]
+    wanted = [document for rows in own for row in rows for document in row]
+    ids = dict(zip(wanted, examples.ids(batch[wanted]), strict=True)) if wanted else {}
+    return Share(
+        micro_batches=tuple(collate(rows, ids, num_targets, examples.pad_id) for rows in own),
+        global_targets=int(num_targets.sum()),
+        global_tokens=int(lengths.sum()),
+        num_examples=len(batch),
+    )

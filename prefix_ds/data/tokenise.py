@@ -1,0 +1,103 @@
+"""Records to a table of ids on disk, made once.
+
+`datasets` runs a `Recipe` over the records in data.workers processes and keeps the result; another run, or
+another rank of the node, maps the same file. The table has a row for every example, also for the dropped
+ones, with what became of it: so all there is to report can be read from a cached table too.
+
+Knows nothing of what the table is for.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from prefix_ds import dist
+from prefix_ds.config import DataKeys
+from prefix_ds.data import encode, template
+from prefix_ds.data.cache import code_fingerprint, fingerprint, quiet_library, tokenizer_fingerprint
+from prefix_ds.data.encode import Encoded, Encoder, Ids, Policy
+from prefix_ds.data.source import Records, place
+from prefix_ds.data.template import Template, parse_template
+from prefix_ds.errors import DataError
+
+Columns = dict[str, list[Any]]
+
+_COLUMNS = {"prompt_length": "int32", "fate": "int8", "record": "int64"}  # and ids, lists of int32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the ids of a record depend on."""
+
+    encoder: Encoder
+    prompt: Template
+    target: Template
+    max_length: int
+    policy: Policy
+
+    def fingerprint(self) -> str:
+        """Differs when the ids might."""
+        rules = (self.prompt.parts, self.target.parts, self.max_length, self.policy)
+        code = code_fingerprint(sys.modules[__name__], encode, template)
+        return fingerprint(rules, tokenizer_fingerprint(self.encoder.tokenizer), code)
+
+    def __call__(self, batch: Columns, indices: list[int], names: tuple[str, ...]) -> Columns:
+        """Some records as rows of the table; runs in a worker process. Raises DataError."""
+        records = [json.loads(text) for text in batch["record"]]
+        places = [place(names[f], number) for f, number in zip(batch["file"], batch["number"], strict=True)]
+        located = list(zip(records, places, strict=True))
+        prompts = self.encoder.prompts([self.prompt.text(*each) for each in located])
+        texts = [self.target.texts(*each) for each in located]
+        targets = iter(self.encoder.targets([text for entries in texts for text in entries]))
+        columns: Columns = {"ids": [], **{name: [] for name in _COLUMNS}}
+        for index, where, prompt, entries in zip(indices, places, prompts, texts, strict=True):
+            for target in [next(targets) for _ in entries]:
+                _append(columns, index, self._fitted(prompt, target, where))
+        return columns
+
+    def _fitted(self, prompt: Ids, target: Ids, where: str) -> list[Encoded]:
+        try:
+            return self.encoder.fit(prompt, target, self.max_length, self.policy)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def templates_of(split: str, data: DataKeys) -> tuple[Template, Template]:
+    """The prompt's template and the target's; valid and test may have their own, data.references."""
+    prompt = parse_template(data.prompt, "data.prompt")
+    if split != "train" and data.references is not None:
+        return prompt, parse_template(data.references, "data.references")
+    return prompt, parse_template(data.target, "data.target")
+
+
+def tokenised(records: Records, recipe: Recipe, workers: int) -> Any:
+    """The table (a `datasets.Dataset`) with the columns ids, prompt_length, fate and record."""
+    import datasets
+
+    if workers > 1:  # a process forked after the tokenizer's threads have run would warn, and run alone
+        dist.set_default_environment(TOKENIZERS_PARALLELISM="false")
+    features = {name: datasets.Value(kind) for name, kind in _COLUMNS.items()}
+    try:
+        with quiet_library():
+            return records.table.map(
+                recipe,
+                fn_kwargs={"names": records.names},
+                batched=True,
+                with_indices=True,
+                remove_columns=records.table.column_names,
+                features=datasets.Features({"ids": datasets.List(datasets.Value("int32"))} | features),
+                num_proc=workers if workers > 1 else None,
+                new_fingerprint=fingerprint(records.table._fingerprint, recipe.fingerprint()),
+                desc=f"Tokenising {records.key}",
+            )
+    except DataError as error:
+        raise DataError(str(error)) from None  # without the traceback a worker process hangs on it
+
+
+def _append(columns: Columns, index: int, examples: list[Encoded]) -> None:
+    for example in examples:
+        columns["ids"].append(example.ids)
+        columns["prompt_length"].append(example.prompt_length)
+        columns["fate"].append(int(example.fate))
+        columns["record"].append(index)
