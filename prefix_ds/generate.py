@@ -14,7 +14,7 @@ from typing import Any
 
 from prefix_ds.config import GenerateKeys, RunConfig, parse_config
 from prefix_ds.config.reading import config_text
-from prefix_ds.data import Prompt, prompt_of_text, read_prompts
+from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
 from prefix_ds.dist import World, gathered, joined_world, peers_may_die, together
 from prefix_ds.errors import ConfigError
 from prefix_ds.files import write_text_atomically
@@ -65,7 +65,7 @@ def write_outputs(
     mine: dict[int, str] = {}
     with progress("writing", len(batches), is_visible=world.is_first) as bar:
         for done, batch in enumerate(batches, start=1):
-            outputs = _continued(opened, [prompts[n].ids for n in batch], keys, world)
+            outputs = _continued(opened, [list(prompts[n].ids) for n in batch], keys, world)
             mine |= dict(zip(batch, outputs, strict=True))
             bar.at(done)
     texts = {n: text for part in gathered(mine) for n, text in part.items()}

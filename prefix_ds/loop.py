@@ -23,7 +23,10 @@ from prefix_ds.progress import Progress
 class Stream(Protocol):
     """The training batches; those of a step depend on its number alone."""
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int:
+        """Steps to its end."""
+        ...
 
     def share(self, step: int) -> Share:
         """This rank's part of the global batch of a step."""

@@ -15,7 +15,9 @@ from typing import Any
 
 from prefix_ds import __version__
 from prefix_ds.config import DataKeys, RunConfig
-from prefix_ds.data import Examples, Stream, Sweep, load_examples, read_texts
+from prefix_ds.data.examples import Examples, load_examples
+from prefix_ds.data.stream import Stream, Sweep
+from prefix_ds.data.texts import read_texts
 from prefix_ds.dist import World, joined_world, on_first, peers_may_die, together, wait_for_all
 from prefix_ds.engine.full_engine import FullEngine
 from prefix_ds.engine.prefix_engine import PrefixEngine
@@ -164,10 +166,13 @@ def _facts(config: RunConfig, folder: RunFolder, examples: Sequence[Examples]) -
         name=config.mlflow.name or folder.path.name,
         params=flattened(config.model_dump(mode="json")),
         tags=process_tags(sys.argv) | {"prefix_ds.method": config.train.method} | config.mlflow.tags,
-        datasets=tuple(
-            DatasetFacts(e.records.name, e.records.identity, e.report.split, e.records.name) for e in examples
-        ),
+        datasets=tuple(_dataset_facts(e) for e in examples),
     )
+
+
+def _dataset_facts(examples: Examples) -> DatasetFacts:
+    split, source = examples.report.split, ", ".join(examples.records.names)
+    return DatasetFacts(Path(source).name or split, examples.records.identity(), split, source)
 
 
 def _tell(world: World, trained: Trained, examples: Sequence[Examples], start: Progress) -> None:
