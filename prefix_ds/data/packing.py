@@ -10,8 +10,9 @@ Three greedy steps, all of them deterministic:
 3. *Group*: rows, longest first, into micro-batches of at most `micro_batch_tokens` padded tokens. The ranks'
    largest micro-batches so run at the same time.
 
-Dealing whole rows (packing for all ranks first) was rejected: a row is a coarse coin. With 64 examples of about
-100 tokens on 32 ranks and rows of 1024, it costs 3.4 times as much; with many examples a rank, both are equal.
+Dealing whole rows (packing for all ranks first) was rejected: a row is a coarse coin. With 64 examples of
+about 100 tokens on 32 ranks and rows of 1024, it costs 3.4 times as much; with many examples a rank, both are
+equal.
 
 Knows nothing of ids and tensors; an example is its length.
 """

@@ -97,14 +97,11 @@ def read_records(source: Source, key: str) -> Records:
     hub_id = _hub_id(items, key)
     if hub_id:
         dataset = hub.load_from_hub(hub_id, key)
-        records = Records(key, _cached(key, dataset._fingerprint, dataset=dataset), (str(hub_id),), True)
-    else:
-        paths = [path for item in items for path in _files(item, key)]
-        stamps = [_stamp(path, key) for path in paths]
-        records = Records(key, _cached(key, stamps, paths=tuple(paths)), tuple(paths), False)
-    if not len(records):
-        raise DataError(f"{key}: {', '.join(records.names)}: no records")
-    return records
+        names = (str(hub_id),)
+        return Records(key, _cached(key, dataset._fingerprint, names=names, dataset=dataset), names, True)
+    paths = tuple(path for item in items for path in _files(item, key))
+    stamps = [_stamp(path, key) for path in paths]
+    return Records(key, _cached(key, stamps, names=paths), paths, False)
 
 
 def _hub_id(items: list[str], key: str) -> hub.HubId | None:
@@ -171,11 +168,14 @@ def _cached(key: str, content: object, **arguments: Any) -> Any:
         raise
 
 
-def _rows(paths: tuple[str, ...] = (), dataset: Any = None) -> Iterator[dict[str, Any]]:
-    readers = [hub.hub_rows(dataset)] if dataset is not None else [_read(path) for path in paths]
+def _rows(names: tuple[str, ...], dataset: Any = None) -> Iterator[dict[str, Any]]:
+    readers = [hub.hub_rows(dataset)] if dataset is not None else [_read(name) for name in names]
+    number = 0
     for file, rows in enumerate(readers):
         for number, record in rows:
             yield {"record": record, "file": file, "number": number}
+    if not number:
+        raise DataError(f"{', '.join(names)}: no records")
 
 
 def _read(path: str) -> formats.Rows:
