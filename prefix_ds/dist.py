@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from prefix_ds.errors import PeerLost, PrefixError
@@ -24,13 +23,15 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-# A frozen base moves gigabytes through short-lived buffers: without these, glibc keeps every one it ever
-# freed (FACTS).
-_CPU_ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-}
+# What gloo, NCCL and torch's store say of a rank that no longer answers; they raise plain RuntimeErrors.
+_PEER_IS_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Timed out waiting",
+    "NCCL",
+    "Broken pipe",
+    "gloo/transport",
+)
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,11 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def restart_with_lean_allocator() -> None:
-    """Starts this program again with an allocator that gives freed memory back (CPU ranks on glibc)."""
-    if not sys.platform.startswith("linux") or all(name in os.environ for name in _CPU_ALLOCATOR):
-        return
-    environment = _CPU_ALLOCATOR | dict(os.environ)
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
 def summed(values: "torch.Tensor") -> "torch.Tensor":
     """The element-wise sum over all ranks, in place. Every rank calls this."""
     import torch.distributed as group
 
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.all_reduce(values)
     return values
@@ -144,7 +137,7 @@ def from_first(value: Answer) -> Answer:
     import torch.distributed as group
 
     box = [value]
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.broadcast_object_list(box)
     return box[0]
@@ -155,14 +148,14 @@ def gathered(value: Answer) -> list[Answer]:
     import torch.distributed as group
 
     boxes: list[Answer] = [value] * group.get_world_size()
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.all_gather_object(boxes, value)
     return boxes
 
 
 def together(work: Callable[[], Answer]) -> Answer:
-    """Runs `work` on every rank; a user's mistake on one is raised on all, so that none waits for a dead peer.
+    """Runs `work` on every rank; a user's mistake on one is raised on all, so none waits for a dead peer.
 
     Every rank calls this. `work` must make no collective call of its own after it may have failed.
     """
@@ -175,6 +168,11 @@ def together(work: Callable[[], Answer]) -> Answer:
     if first is not None:
         raise first
     return answer  # type: ignore[return-value]
+
+
+def on_first(world: World, work: Callable[[], Answer]) -> Answer:
+    """What rank 0 makes of `work`, on every rank; so is its mistake. Every rank calls this."""
+    return from_first(together(work if world.is_first else lambda: None))  # type: ignore[return-value]
 
 
 def first_here_first(world: World, work: Callable[[], Answer]) -> Answer:
@@ -191,25 +189,17 @@ def wait_for_all() -> None:
     """Returns when every rank has called it."""
     import torch.distributed as group
 
-    with _peers_may_die():
+    with peers_may_die():
         if group.get_world_size() > 1:
             group.barrier()
 
 
 @contextlib.contextmanager
-def _peers_may_die() -> Iterator[None]:
+def peers_may_die() -> Iterator[None]:
+    """Tells a collective call that failed because another rank is gone from every other error: PeerLost."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
-
-
-def hide_from_children(names: tuple[str, ...]) -> None:
-    """Removes variables from this process, and so from the processes it starts."""
-    for name in names:
-        os.environ.pop(name, None)
-
-
-def home_cache() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefix-ds"
+        if any(sign in str(error) for sign in _PEER_IS_GONE):
+            raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
+        raise

@@ -87,7 +87,7 @@ class Direct(nn.Module):
 
 
 class Reparameterised(nn.Module):
-    """The table is `origin` plus a two-layer tanh MLP over one embedding a position (Li & Liang 2021, 4.3)."""
+    """The table is `origin` plus a two-layer tanh MLP over an embedding a position (Li & Liang 2021, 4.3)."""
 
     def __init__(
         self, slots: Sequence[Slot], origin_PD: Tensor, dim: int, generator: torch.Generator

@@ -1,0 +1,153 @@
+"""The command line: what a user can ask for, and how each answer ends.
+
+Every command imports what it needs when it runs, so that `--help` is there at once. A user's mistake ends in
+one line and exit code 2, a request to stop in 75 (see `errors`). Knows nothing of how anything is done.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prefix_ds.dist import rank_of_environment
+from prefix_ds.errors import EXIT_BUG, EXIT_STOPPED, EXIT_USER, PeerLost, PrefixError, Stopped
+
+app = typer.Typer(
+    help="Prefix tuning of large language models that stay frozen and sharded.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[Path, typer.Argument(help="the run's YAML file")]
+Run = Annotated[Path, typer.Argument(help="a run folder")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="keys to change: section.key=value", metavar="[KEY=VALUE]...")
+]
+
+
+@app.callback()
+def common(local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0) -> None:
+    """Prefix tuning of large language models that stay frozen and sharded."""
+    # DeepSpeed's launcher passes --local_rank to every program; the environment says the same.
+
+
+@app.command()
+def train(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Train what run.yaml describes; started again, go on.
+
+    One process, or any rank of torchrun or deepspeed.
+    """
+    from prefix_ds.config import read_config
+    from prefix_ds.train import train as run
+
+    run(read_config(run_file, overrides or []))
+
+
+@app.command()
+def generate(
+    run: Run,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="one prompt, as the model reads it")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="records; data.prompt makes the prompts")
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="JSON lines; none: the terminal")
+    ] = None,
+    without_prefix: Annotated[
+        bool, typer.Option("--without-prefix", help="the bare base, to compare")
+    ] = False,
+) -> None:
+    """Write text with a trained prefix."""
+    from prefix_ds.generate import Request
+    from prefix_ds.generate import generate as write
+
+    write(run, overrides or [], Request(prompt, input_file, output_file, without_prefix))
+
+
+@app.command()
+def check(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Say what is wrong with a run, and show its first examples as the model will see them."""
+    from rich.console import Console
+
+    from prefix_ds.check import check_run
+    from prefix_ds.config import read_config
+
+    check_run(read_config(run_file, overrides or []), Console())
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="where run.yaml is written")] = Path()) -> None:
+    """Write a commented run.yaml to start from."""
+    from prefix_ds.init import write_starter
+
+    typer.echo(
+        f"wrote {write_starter(folder)}; edit its first keys, then: prefix-ds check {write_starter.__name__}"
+    )
+
+
+@app.command()
+def config() -> None:
+    """Show every key of run.yaml with its type, default and meaning."""
+    from prefix_ds.config.listing import print_keys
+
+    print_keys()
+
+
+@app.command()
+def export(run: Run, out: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
+    """Write a run's prefix as a PEFT adapter."""
+    from prefix_ds.export import export_peft
+
+    export_peft(run, out)
+
+
+@app.command("import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="a PEFT prefix-tuning folder")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+) -> None:
+    """Turn a PEFT prefix-tuning adapter into a prefix of ours."""
+    from prefix_ds.export import import_peft
+
+    import_peft(adapter, out)
+
+
+@app.command()
+def sync(run: Run) -> None:
+    """Send to MLflow what it has not got of a run."""
+    from prefix_ds.tracking import sync_run
+
+    sync_run(run)
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Argument(help="where its runs go")] = Path("runs/demo")) -> None:
+    """The whole story on a laptop's CPU, offline, in about three minutes."""
+    from prefix_ds.demo import demo as tell
+
+    tell(folder)
+
+
+def main() -> None:
+    """Runs a command and ends the process with the exit code that says how it went."""
+    try:
+        app()
+    except PrefixError as error:
+        _say(f"error: {error}")
+        sys.exit(EXIT_USER)
+    except Stopped as stopped:
+        _say(str(stopped))
+        sys.exit(EXIT_STOPPED)
+    except PeerLost as lost:
+        print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_BUG)
+
+
+def _say(line: str) -> None:
+    """One line on the terminal, from the first rank only: a mistake is raised on all of them."""
+    if rank_of_environment() == 0:
+        print(line, file=sys.stderr)  # noqa: T201

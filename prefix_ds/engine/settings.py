@@ -1,0 +1,96 @@
+"""DeepSpeed's configuration: policy from a file, everything else from run.yaml.
+
+A preset of `ds_configs/` (or a user's file) says how ZeRO-3 shards, prefetches and offloads. Precision,
+clipping and batch sizes are keys of run.yaml; a file that sets one of them as well is refused, because two
+places for one fact drift apart. The result is complete: nothing in it says "auto".
+
+Knows nothing of models; needs neither torch nor DeepSpeed.
+"""
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+from prefix_ds.config import RunConfig
+from prefix_ds.errors import ConfigError
+
+Settings = dict[str, Any]  # leaves the process: DeepSpeed takes nothing else
+
+# What run.yaml decides, and the key that does; the first three follow from others and have no key of their
+# own.
+_OURS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "train.lr",
+    "scheduler": "train.schedule",
+}
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> Settings:
+    """The resolved DeepSpeed configuration of a run. Raises ConfigError."""
+    name = config.engine.deepspeed
+    settings = _read(name)
+    for key, ours in _OURS.items():
+        if key in settings:
+            raise ConfigError(
+                f"engine.deepspeed: {name}: {key} is given twice: remove it, {ours} of run.yaml says it"
+            )
+    _refuse_auto(settings, name)
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise ConfigError(f"engine.deepspeed: {name}: zero_optimization.stage: {stage}: expected 3")
+    return settings | {
+        "train_batch_size": world_size,  # micro-batches vary in number: the engine counts them, not DeepSpeed
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "gradient_clipping": config.train.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def preset_names() -> list[str]:
+    """The names `engine.deepspeed` can have."""
+    files = importlib.resources.files("ds_configs").iterdir()
+    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
+
+
+def _read(name: str) -> Settings:
+    if name in preset_names():
+        text = importlib.resources.files("ds_configs").joinpath(f"{name}.json").read_text()
+    elif Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        raise ConfigError(
+            f"engine.deepspeed: {name!r} is neither a file nor a preset ({', '.join(preset_names())})"
+        )
+    try:
+        settings = json.loads(text, object_pairs_hook=_once)
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed: {name}: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"engine.deepspeed: {name}: expected an object, found {type(settings).__name__}")
+    return settings
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Settings:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice")
+    return dict(pairs)
+
+
+def _refuse_auto(node: Any, name: str, path: str = "") -> None:
+    if node == "auto":
+        raise ConfigError(
+            f'engine.deepspeed: {name}: {path}: "auto" stands for no value here; write one or leave it out'
+        )
+    for key, value in node.items() if isinstance(node, dict) else ():
+        _refuse_auto(value, name, f"{path}.{key}" if path else key)

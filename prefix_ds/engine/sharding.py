@@ -1,0 +1,94 @@
+"""A base under ZeRO-3: built in shards, gathered layer by layer while it runs.
+
+For a frozen base `deepspeed.initialize` is given no optimizer, which yields DeepSpeed's parameter-offload
+engine: it shards, gathers and frees, in the forward and the backward pass, and has no opinion about
+gradients. Its module is called directly (the engine's own `forward` would refuse a plain `loss.backward()`).
+Rejected: training the prefix as a ZeRO-3 parameter, which makes saving, resuming and sampling collective
+operations and cannot restore an indivisible shard.
+
+Knows nothing of prefixes.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_ds.engine.settings import Settings
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A module whose parameters live in shards; `engine` is DeepSpeed's and must outlive its use."""
+
+    module: nn.Module
+    engine: Any
+
+    def num_parameters(self) -> int:
+        """Elements of the whole model."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+
+    def resident_bytes(self) -> int:
+        """Bytes of parameters and buffers that this rank holds between two steps."""
+        shards = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
+        whole = [
+            *self.module.parameters(),
+            *self.module.buffers(),
+        ]  # a shard's parameter is empty, of size [0]
+        return sum(t.numel() * t.element_size() for t in [*shards, *whole])
+
+
+def _start_deepspeed() -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A C++ all-reduce for CPU inference, compiled on first use for 40 s; ZeRO-3 never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def sharded_construction(settings: Settings) -> Iterator[None]:
+    """Within this block transformers builds and loads models in shards. Every rank calls this."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    _start_deepspeed()
+    held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference only
+    yield
+    del held
+
+
+def sharded(base: nn.Module, settings: Settings) -> Sharded:
+    """A base built by `sharded_construction`, ready to run and frozen. Every rank calls this."""
+    base.requires_grad_(False)
+    engine, *_ = _start_deepspeed().initialize(model=base, config=settings)
+    return Sharded(engine.module, engine)
+
+
+def sharded_with_optimizer(base: nn.Module, settings: Settings, optimizer: torch.optim.Optimizer) -> Sharded:
+    """A base built by `sharded_construction`, all of it trained by DeepSpeed. Every rank calls this."""
+    engine, *_ = _start_deepspeed().initialize(model=base, config=settings, optimizer=optimizer)
+    return Sharded(engine.module, engine)
+
+
+def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """All parameters and saved buffers on the CPU, gathered one at a time; empty where `keep` is False.
+
+    Every rank calls this; rank 0 usually is the one that keeps.
+    """
+    deepspeed = _start_deepspeed()
+    whole: dict[str, Tensor] = {}
+    buffers = {name: b for name, b in module.state_dict().items() if not isinstance(b, nn.Parameter)}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if keep:
+                whole[name] = parameter.detach().to("cpu", copy=True)
+    if keep:
+        whole |= {name: b.detach().cpu() for name, b in buffers.items() if name not in whole}
+    return whole

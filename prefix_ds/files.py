@@ -1,0 +1,108 @@
+"""Files that are there whole or not at all, whenever the process or the machine dies.
+
+What is written goes to a temporary sibling (`.tmp-NAME`), is fsynced and takes the place of the old file by
+one rename; the folder is fsynced too, without which the rename itself may be lost with the power. A killed
+writer leaves at most its `.tmp-` file, which the next writer of the same name overwrites. Some network
+filesystems refuse to fsync a folder; there the rename is as durable as the filesystem makes it.
+
+Knows nothing of what is in the files; imports no torch.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefix_ds.errors import RunError
+
+TEMPORARY = ".tmp-"
+OLD = ".old-"
+
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Makes `text` the content of `path`, in an existing folder. Raises RunError."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there when the block ends well becomes `path`. Raises RunError."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    with telling_disk_errors(path):
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        except BaseException:
+            remove(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it becomes `path`, which may exist. Raises RunError.
+
+    A folder cannot replace another in one rename: killed between two, the old one is left as `.old-NAME`, and
+    `restore_folder` puts it back.
+    """
+    temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(OLD + path.name)
+    with telling_disk_errors(path):
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+        except BaseException:
+            remove(temporary)
+            raise
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync(path.parent)
+    remove(old)
+
+
+def restore_folder(path: Path) -> None:
+    """Mends what a kill within `whole_folder` left: `path` is then the old folder or the new one."""
+    old = path.with_name(OLD + path.name)
+    if old.exists() and not path.exists():
+        old.rename(path)
+    remove(old)
+
+
+@contextlib.contextmanager
+def telling_disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a RunError of one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_FOLDER_FSYNC):
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, as far as the disk lets it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

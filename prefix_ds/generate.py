@@ -1,0 +1,117 @@
+"""`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records.
+
+Prompts are sorted by length and dealt to the ranks in equal numbers of batches, since under ZeRO-3 every rank
+must run every layer as often as the others; what one rank lacks is filled with repeats whose output is
+dropped.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefix_ds.config import GenerateKeys, RunConfig, parse_config
+from prefix_ds.config.reading import config_text
+from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
+from prefix_ds.dist import World, gathered, joined_world, peers_may_die, together
+from prefix_ds.errors import ConfigError
+from prefix_ds.files import write_text_atomically
+from prefix_ds.logs import configure_logging
+from prefix_ds.opening import Opened, open_trained
+from prefix_ds.run_folder import open_run
+from prefix_ds.tracking import progress
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write: for one prompt, or for a file of records; to a file, or to the terminal."""
+
+    prompt: str | None = None
+    input_file: Path | None = None
+    output_file: Path | None = None
+    without_prefix: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """One output: the prompt as the model read it, what it wrote, and what was expected, if that is known."""
+
+    prompt: str
+    output: str
+    references: tuple[str, ...]
+
+
+def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
+    """Writes text with a run's prefix and shows or saves it. Raises PrefixError. Every rank calls this."""
+    configure_logging()
+    folder, config = open_run(run)
+    config = parse_config(config_text(config), overrides)
+    with joined_world() as world, peers_may_die():
+        opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
+        prompts = together(lambda: _prompts(config, request, opened.tokenizer))
+        written = write_outputs(opened, prompts, config.generate, world)
+        if world.is_first:
+            _deliver(written, request.output_file)
+
+
+def write_outputs(
+    opened: Opened, prompts: Sequence[Prompt], keys: GenerateKeys, world: World
+) -> list[Written]:
+    """One output a prompt, in the order of the prompts. Every rank calls this."""
+    by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids), reverse=True)
+    batches = list(_dealt(by_length, keys.batch_size, world))
+    mine: dict[int, str] = {}
+    with progress("writing", len(batches), is_visible=world.is_first) as bar:
+        for done, batch in enumerate(batches, start=1):
+            outputs = _continued(opened, [list(prompts[n].ids) for n in batch], keys, world)
+            mine |= dict(zip(batch, outputs, strict=True))
+            bar.at(done)
+    texts = {n: text for part in gathered(mine) for n, text in part.items()}
+    return [Written(p.text, texts[n], p.references) for n, p in enumerate(prompts)]
+
+
+def _dealt(order: Sequence[int], batch_size: int, world: World) -> Iterator[list[int]]:
+    """This rank's batches: neighbours in `order`, and as many as every other rank has."""
+    batches = [list(order[n : n + batch_size]) for n in range(0, len(order), batch_size)]
+    batches += [batches[-1]] * (-len(batches) % world.size)
+    yield from batches[world.rank :: world.size]
+
+
+def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, world: World) -> list[str]:
+    tokenizer = opened.tokenizer
+    outputs = opened.lm.generate(
+        prompts,
+        opened.table_PD,
+        opened.slots,
+        max_new_tokens=keys.max_new_tokens,
+        num_beams=keys.num_beams,
+        temperature=keys.temperature,
+        top_p=keys.top_p,
+        eos_ids=[tokenizer.eos_token_id],
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        synced=world.size > 1,
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+
+
+def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:
+    data = config.data
+    if request.prompt is not None:
+        return [prompt_of_text(request.prompt, tokenizer, data.max_length)]
+    if request.input_file:
+        source = str(request.input_file)
+        return read_prompts(source, "--input", data, tokenizer, data.max_length, references=False)
+    if not data.test:
+        raise ConfigError("nothing to write for: give --prompt, --input, or data.test")
+    return read_prompts(data.test, "data.test", data, tokenizer, data.max_length, references=True)
+
+
+def _deliver(written: Sequence[Written], output: Path | None) -> None:
+    if output:
+        rows = [{"prompt": w.prompt, "output": w.output, "references": w.references} for w in written]
+        write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        for w in written:
+            sys.stdout.write(f"{w.output}\n" if len(written) == 1 else f"{w.prompt!r}\n  -> {w.output!r}\n")

@@ -1,0 +1,124 @@
+"""Time: step, log, validate, save, stop.
+
+Written out in full, without callbacks: what happens when can be read from top to bottom. The stream gives the
+batch of a step from its number alone, so going on from a checkpoint is starting the loop at another number.
+
+Knows nothing of what is in tensors, of ranks or of disks.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from prefix_ds import tracking
+from prefix_ds.config import RunKeys, TrainKeys
+from prefix_ds.data.batch import Share
+from prefix_ds.engine.step import Engine, StepReport
+from prefix_ds.errors import Stopped
+from prefix_ds.optim import learning_rate
+from prefix_ds.progress import Progress
+
+
+class Stream(Protocol):
+    """The training batches; those of a step depend on its number alone."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps to its end."""
+        ...
+
+    def share(self, step: int) -> Share:
+        """This rank's part of the global batch of a step."""
+        ...
+
+
+class Memory(Protocol):
+    """What outlives the process. Every rank calls both."""
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Writes a checkpoint."""
+        ...
+
+    def save_result(self, engine: Engine, progress: Progress) -> None:
+        """Writes the result so far: it is the best."""
+        ...
+
+
+class StopQuestion(Protocol):
+    """Whether to go on. Every rank asks together."""
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that the loop moves."""
+
+    engine: Engine
+    stream: Stream
+    validation: Iterable[Share] | None  # this rank's parts of the whole split, in a fixed order
+    tracker: tracking.Tracker
+    bar: tracking.Progress
+    memory: Memory
+    stop: StopQuestion
+
+
+def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Progress:
+    """Trains from `progress` to the end of the stream.
+
+    Raises Stopped, with a checkpoint written, when asked to stop.
+    """
+    if progress.step == 0:
+        progress = _validated(run, progress)
+    while progress.step < run.stream.num_steps:
+        rate = learning_rate(progress.step, run.stream.num_steps, train)
+        started = time.perf_counter()
+        report = run.engine.step(run.stream.share(progress.step), rate)
+        values = _step_values(report, rate, time.perf_counter() - started)
+        progress = replace(progress, step=progress.step + 1)
+        last = progress.step == run.stream.num_steps
+
+        run.bar.at(progress.step, loss=report.loss, tokens_per_second=values["time/tokens_per_second"])
+        if last or progress.step % cadence.log_every == 0:
+            run.tracker.metrics(progress.step, values)
+        if last or _due(cadence.valid_every, progress.step):
+            progress = _validated(run, progress)
+        stop = run.stop.agreed()
+        if last or stop or _due(cadence.save_every, progress.step):
+            run.memory.save(run.engine, progress)
+        if stop and not last:
+            raise Stopped(f"stopped at step {progress.step} of {run.stream.num_steps}; checkpoint written")
+    return progress
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _validated(run: Run, progress: Progress) -> Progress:
+    """Validates; a better result (or any, without validation data, at the end) is kept."""
+    if run.validation is None:
+        if progress.step == run.stream.num_steps:
+            run.memory.save_result(run.engine, progress)
+        return progress
+    loss = run.engine.validate(run.validation)
+    run.tracker.metrics(progress.step, {"valid/loss": loss})
+    progress = replace(progress, valid_loss=loss)
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress = replace(progress, best_loss=loss, best_step=progress.step)
+        run.memory.save_result(run.engine, progress)
+    return progress
+
+
+def _step_values(report: StepReport, rate: float, seconds: float) -> dict[str, float]:
+    return {
+        "train/loss": report.loss,
+        "train/grad_norm": report.grad_norm,
+        "train/lr": rate,
+        "train/tokens": report.num_tokens,
+        "time/step_seconds": seconds,
+        "time/tokens_per_second": report.num_tokens / seconds,
+    }

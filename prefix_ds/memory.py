@@ -1,0 +1,86 @@
+"""What outlives the process: checkpoints and the best result, written by the ranks that hold them.
+
+A prefix is whole on every rank, so rank 0 alone touches the run folder, on writing and on reading; the others
+are told. A model trained in shards is written by all ranks, a file each, and goes on only on as many. A disk
+that fails on one rank is an error of all.
+
+Knows nothing of when to save.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from prefix_ds.checkpoint import (
+    Checkpoint,
+    begin,
+    latest,
+    pending_folder,
+    prune,
+    save_checkpoint,
+    seal,
+    write_tensors,
+)
+from prefix_ds.config import RunConfig
+from prefix_ds.dist import World, gathered, on_first, together
+from prefix_ds.engine.step import Engine
+from prefix_ds.errors import RunError
+from prefix_ds.progress import Progress
+from prefix_ds.run_folder import RunFolder
+
+
+class RunMemory:
+    """The memory of one run, in its folder. Every rank calls each method."""
+
+    def __init__(self, folder: RunFolder, world: World, config: RunConfig) -> None:
+        """Keeps `run.keep` checkpoints; the result is a prefix or a model, as `train.method` says."""
+        self.folder, self.world, self.keep = folder, world, config.run.keep
+        self.result = folder.prefix if config.train.method == "prefix" else folder.model
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Writes a checkpoint; older ones beyond `keep` go. Raises RunError."""
+        state = {"progress": asdict(progress), "ranks": self.world.size if engine.every_rank_saves else None}
+        if engine.every_rank_saves:
+            self._save_by_all(engine, progress.step, state)
+        else:
+            on_first(
+                self.world, lambda: save_checkpoint(self.folder.path, progress.step, engine.tensors(), state)
+            )
+        on_first(self.world, lambda: prune(self.folder.path, self.keep))
+
+    def save_result(self, engine: Engine, progress: Progress) -> None:
+        """Writes the best result so far. Raises RunError."""
+        engine.write_result(self.result, progress)
+
+    def restore(self, engine: Engine) -> Progress:
+        """Puts the newest sound checkpoint back into the engine and says where the run stands.
+
+        Raises RunError.
+        """
+        found = on_first(self.world, lambda: latest(self.folder.path))
+        if found is None:
+            return Progress()
+        self._refuse_other_world(found)
+        if engine.every_rank_saves:
+            tensors = together(lambda: found.tensors(name=self._file()))
+        else:
+            tensors = on_first(self.world, found.tensors)
+        engine.restore(tensors)
+        return Progress(**found.state["progress"])
+
+    def _file(self) -> str:
+        return f"rank-{self.world.rank:04d}.safetensors"
+
+    def _save_by_all(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
+        run = self.folder.path
+        on_first(self.world, lambda: begin(run, step))
+        digest = together(lambda: write_tensors(pending_folder(run, step) / self._file(), engine.tensors()))
+        digests = gathered(digest)
+        on_first(self.world, lambda: seal(run, step, digests, state))
+
+    def _refuse_other_world(self, found: Checkpoint) -> None:
+        ranks = found.state["ranks"]
+        if ranks not in (None, self.world.size):
+            raise RunError(
+                f"{found.folder}: was written by {ranks} ranks, here are {self.world.size}: "
+                "a run with train.method full or pretrain goes on only on as many ranks"
+            )

@@ -1,0 +1,45 @@
+"""What a base is turned into before it can take a prefix: silent, and calling our attention.
+
+Knows nothing of prefixes.
+"""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from prefix_ds.errors import ModelError
+from prefix_ds.model.attention import OVER_OWN, OVER_SDPA
+from prefix_ds.model.families import REFUSED
+
+AttentionChoice = Literal["auto", "sdpa", "eager"]
+
+
+def family_of(base: Any) -> str:
+    """The name of the base's family. Raises ModelError for those known not to work."""
+    family = str(base.config.model_type)
+    if family in REFUSED:
+        raise ModelError(f"{family} cannot take a prefix: {REFUSED[family]}")
+    return family
+
+
+def silence(base: nn.Module) -> None:
+    """No dropout and no jitter, by value too: layers that are computed again must be in train mode."""
+    base.eval()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def switch_attention(base: Any, choice: AttentionChoice) -> None:
+    """The base calls our attention, over torch's or over its own. Raises ModelError for what it cannot do."""
+    if choice == "sdpa" and not base._supports_sdpa:
+        raise ModelError(
+            f"model.attention: sdpa, but the attention of {base.config.model_type} does more than sdpa can "
+            "(a soft cap, sinks); use auto or eager"
+        )
+    stock = base.config.get_text_config(decoder=True)._attn_implementation
+    over_own = choice == "eager" or (choice == "auto" and stock in ("eager", OVER_OWN))
+    base.set_attn_implementation(OVER_OWN if over_own else OVER_SDPA)

@@ -1,0 +1,189 @@
+"""A frozen causal language model that sees a prefix: its loss on a batch, its answers to prompts.
+
+The base is a transformers model, whole or sharded: it is only ever called, and its parameters are never
+looked at, so their shapes may be `[0]` and its hooks may gather them. What it can do is found out by one
+forward pass when it is wrapped.
+
+Knows nothing of sharding, optimizers or files.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefix_ds.data.batch import Batch
+from prefix_ds.errors import ModelError
+from prefix_ds.model import decoding
+from prefix_ds.model.attention import Joint, documents_of
+from prefix_ds.model.base import AttentionChoice, family_of, silence, switch_attention
+from prefix_ds.model.likelihood import summed_nll
+from prefix_ds.model.positions import positions_of
+from prefix_ds.model.recompute import Recomputation
+from prefix_ds.model.selection import Selection
+from prefix_ds.model.sources import Given, Recorder
+from prefix_ds.model.trial import Findings, Trial
+from prefix_ds.prefix import KeyValue, Slot
+
+
+class PrefixLM:
+    """A frozen causal language model that sees a prefix."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        attention: AttentionChoice = "auto",
+        recompute: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """Takes the base over: its attention, its dropout (none), its mode (eval). Every rank calls this.
+
+        `device` is where forward passes run, if not where the base's parameters lie. Raises ModelError where
+        the base cannot take a prefix.
+        """
+        self.base = base
+        self.family = family_of(base)
+        self.device: torch.device = device or base.device
+        silence(base)
+        switch_attention(base, attention)
+        self._joint = Joint(base)
+        self._positions = positions_of(base)
+        self._selection = Selection(base.get_output_embeddings())
+        self._recomputation = Recomputation(base, self._joint.checkpoint_contexts) if recompute else None
+        self._findings = self._tried()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The places for a prefix, in order of call."""
+        return self._findings.slots
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether documents may share a row."""
+        return self._findings.can_pack
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What does not hold for this base, a line each."""
+        num_layers = getattr(self.base.config.get_text_config(decoder=True), "num_hidden_layers", "?")
+        lines = []
+        if not self._findings.means_text:
+            lines.append(
+                f"{self.family}: a prefix is not the same as text in front: something besides attention "
+                f"carries text along and never sees the prefix ({len(self.slots)} places for it in "
+                f"{num_layers} layers)"
+            )
+        if not self.can_pack:
+            lines.append(f"{self.family}: documents in one row would see each other: each needs its own row")
+        return tuple(lines)
+
+    def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
+        """The summed negative log-likelihood of the batch's targets, behind the prefix or behind none.
+
+        A scalar, float32 (float64 for a base in float64), differentiable with respect to the table. A batch
+        without targets costs a forward and a backward pass like any other, so that all ranks make the same
+        collective calls, and gives zeros. Every rank calls this.
+        """
+        self._attach(table_PD, slots)
+        index_M, ids_M = batch.target_index_M, batch.target_ids_M
+        is_empty = len(index_M) == 0
+        if is_empty:
+            index_M = ids_M = torch.zeros(1, dtype=torch.long, device=batch.ids_BT.device)
+        length = _length(table_PD)
+        logits_MV = self._logits(batch.ids_BT, batch.positions_BT + length, length, index_M)
+        return summed_nll(logits_MV, ids_M) * (0.0 if is_empty else 1.0)
+
+    @torch.no_grad()
+    def keys_values_of(self, ids_BT: Tensor, slots: Sequence[Slot]) -> list[KeyValue]:
+        """What the attention of each slot sees of the tokens [1, P] at positions 0..P-1.
+
+        Every rank calls this.
+        """
+        self.detach()
+        recorder = self._joint.source = Recorder()
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        self._logits(ids_BT, positions_BT, 0, positions_BT[0, :1])
+        self.detach()
+        return [recorder.seen[slot.name] for slot in slots]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        table_PD: Tensor | None,
+        slots: Sequence[Slot],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        synced: bool = False,
+    ) -> list[list[int]]:
+        """The answers to some prompts behind the prefix, without the tokens that end them.
+
+        Samples at a temperature above 0. Ranks that share a sharded base call this together, with `synced`:
+        they go on until the last of them is done.
+        """
+        settings = decoding.settings(
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        ids_BT, mask_BT = decoding.left_padded(prompts, pad_id, self.device)
+        length = _length(table_PD)
+        with self.prefixed(table_PD, slots), decoding.only(self.base, settings):
+            told = self._positions.told(decoding.positions_of(mask_BT) + length, length)
+            rows = self.base.generate(ids_BT, attention_mask=mask_BT, synced_gpus=synced, **told)
+        return decoding.cut(rows[:, ids_BT.shape[1] :], eos_ids)
+
+    @contextmanager
+    def prefixed(self, table_PD: Tensor | None, slots: Sequence[Slot]) -> Iterator[None]:
+        """The base behind a prefix, for whoever calls it. Positions are theirs: text starts at P."""
+        self._attach(table_PD, slots)
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def detach(self) -> None:
+        """Lets go of the last prefix. Until then it stays: recomputation meets it in the backward pass."""
+        self._joint.source = self._joint.documents_BT = None
+        self._positions.forget()
+
+    def _attach(self, table_PD: Tensor | None, slots: Sequence[Slot]) -> None:
+        self.detach()
+        if table_PD is not None:
+            self._joint.source = Given(table_PD.to(self._findings.dtype), slots)
+
+    def _logits(self, ids_BT: Tensor, positions_BT: Tensor, start: int, index_M: Tensor) -> Tensor:
+        """The logits [M, V] at some places of the flattened rows, each of one or several documents."""
+        self._joint.documents_BT = documents_of(positions_BT)
+        told = self._positions.told(positions_BT, start)
+        again = self._recomputation.on() if self._recomputation and torch.is_grad_enabled() else nullcontext()
+        with self._selection.of(index_M), again:
+            return self._selection.selected(self.base(input_ids=ids_BT, use_cache=False, **told).logits)
+
+    @torch.no_grad()
+    def _tried(self) -> Findings:
+        trial = Trial(self.device)
+        self._joint.source = trial
+        logits_MV = self._logits(trial.ids_BT, trial.positions_BT, trial.length, trial.text_index_M)
+        self.detach()
+        if not trial.slots:
+            raise ModelError(
+                f"{self.family} cannot take a prefix: its layers never call the attention functions that "
+                "transformers lets others register (it has attention code of its own, or no attention)"
+            )
+        return trial.findings(logits_MV)
+
+
+def _length(table_PD: Tensor | None) -> int:
+    return 0 if table_PD is None else table_PD.shape[0]

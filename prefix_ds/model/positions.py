@@ -1,0 +1,141 @@
+"""How a base is told the positions of its tokens, which start after the prefix.
+
+Most take `position_ids`. Decoders that stem from BART have no such argument, but a module `embed_positions`
+that does; the musical ones know only how many tokens came before. Which it is, is read off the signatures.
+
+Knows nothing of attention or of what is trained.
+"""
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Positions(Protocol):
+    """A way of telling positions."""
+
+    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
+        """Arguments for the forward pass that follows, or for a generation that starts with it.
+
+        `start` is the smallest of the positions: the prefix's length.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Forward passes are as if nothing had been told."""
+        ...
+
+
+def positions_of(base: nn.Module) -> Positions:
+    """The way this base is told positions."""
+    embeddings = [
+        module
+        for name, module in base.named_modules()
+        if name.endswith("embed_positions") and "encoder" not in name.split(".")
+    ]
+    if not embeddings or "position_ids" in _parameters(base):
+        return ByArgument(_first_position(base))
+    if all("position_ids" in _parameters(module) for module in embeddings):
+        return ByEmbedding(embeddings)
+    return ByLength(embeddings)
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _first_position(base: nn.Module) -> int:
+    """RoBERTa and its kin count from behind the position that stands for padding."""
+    embeddings = (getattr(module, "position_embeddings", None) for module in base.modules())
+    padding = (e.padding_idx for e in embeddings if isinstance(e, nn.Embedding))
+    return next((index + 1 for index in padding if index is not None), 0)
+
+
+class ByArgument:
+    """As `position_ids`, which `generate` continues by itself."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
+        """The positions, counted from the base's first."""
+        return {"position_ids": positions_BT + self._first}
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+
+class ByEmbedding:
+    """To the module that embeds them. Tokens after those told of continue from the last."""
+
+    def __init__(self, embeddings: list[nn.Module]) -> None:
+        self._told_BT: Tensor | None = None
+        for module in embeddings:
+            module.register_forward_pre_hook(self._replace, with_kwargs=True)
+            module.register_forward_hook(self._reshape)
+
+    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
+        """Nothing to pass: the hooks know."""
+        self._told_BT = positions_BT
+        return {}
+
+    def forget(self) -> None:
+        """Positions are the base's own again."""
+        self._told_BT = None
+
+    def _replace(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments | None:
+        if self._told_BT is None:
+            return None
+        num_rows, num_columns = _shape(args[0])
+        positions_BT = _continued(self._told_BT, _past(args, options), num_columns)
+        rows = positions_BT.repeat_interleave(num_rows // len(positions_BT), dim=0)  # beams lie side by side
+        return args, options | {"position_ids": rows.flatten()}  # only one dimension suits all of them
+
+    def _reshape(self, _: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
+        if self._told_BT is None:
+            return None
+        return embedded.view(*_shape(args[0]), -1)
+
+
+class ByLength:
+    """As a number of tokens that came before: the same for all rows, so documents cannot share a row."""
+
+    def __init__(self, embeddings: list[nn.Module]) -> None:
+        self._start = 0
+        for module in embeddings:
+            module.register_forward_pre_hook(self._shift, with_kwargs=True)
+
+    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
+        """Nothing to pass: the hook knows."""
+        self._start = start
+        return {}
+
+    def forget(self) -> None:
+        """Positions start at 0 again."""
+        self._start = 0
+
+    def _shift(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:
+        return args[:1], options | {"past_key_values_length": _past(args, options) + self._start}
+
+
+def _shape(tokens: Any) -> tuple[int, int]:
+    num_rows, num_columns = getattr(tokens, "shape", tokens)[:2]
+    return num_rows, num_columns
+
+
+def _past(args: tuple[Any, ...], options: dict[str, Any]) -> int:
+    past: int = args[1] if len(args) > 1 else options.get("past_key_values_length", 0)
+    return past
+
+
+def _continued(told_BT: Tensor, past: int, num_columns: int) -> Tensor:
+    """Columns past..past + num_columns of positions that go on after the last one told."""
+    missing = past + num_columns - told_BT.shape[1]
+    if missing <= 0:
+        return told_BT[:, past : past + num_columns]
+    more = told_BT[:, -1:] + torch.arange(1, missing + 1, device=told_BT.device)
+    return torch.cat([told_BT, more], dim=1)[:, past:]

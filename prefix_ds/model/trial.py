@@ -1,0 +1,77 @@
+"""One tiny forward pass that finds out what a base can do, by doing it.
+
+Three rows go through the model side by side, and at each attention call the keys and values of the first
+row's first tokens stand in front of the two others:
+
+    row 0   p p p p t t t t        a text and what comes before it, no prefix
+    row 1   t t t t x x x x        the same text behind a prefix made of p; another document after it
+    row 2   x x x x t t t t        the same, behind that other document
+
+Row 1's text must have the logits of row 0's: a prefix made of real tokens *is* those tokens. Where it has
+not, the base carries something besides attention (a recurrent state, a convolution) that never sees a prefix.
+Row 2's text must have row 1's logits: documents in a row do not see each other. The calls themselves give the
+places for a prefix and their shapes, which no configuration tells reliably.
+
+Knows nothing of what is trained, of data or of losses.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from prefix_ds.model.attention import Front
+from prefix_ds.prefix import Slot
+
+_LENGTH = 4
+_VOCABULARY = 16  # every model has that many tokens
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a trial found."""
+
+    slots: tuple[Slot, ...]  # in order of call
+    dtype: torch.dtype  # of keys and values
+    means_text: bool  # a prefix made of tokens is those tokens
+    can_pack: bool  # documents in a row do not see each other
+
+
+class Trial:
+    """A source of prefixes that takes them from the first row, and takes notes."""
+
+    length = _LENGTH
+
+    def __init__(self, device: torch.device) -> None:
+        before, text, other = torch.arange(3 * _LENGTH, device=device).remainder(_VOCABULARY).view(3, _LENGTH)
+        count = torch.arange(2 * _LENGTH, device=device)
+        again = count.remainder(_LENGTH) + _LENGTH
+        self.ids_BT = torch.stack([torch.cat(row) for row in ((before, text), (text, other), (other, text))])
+        self.positions_BT = torch.stack([count, again, again])
+        self.text_index_M = torch.cat([count[:_LENGTH] + start for start in (4, 8, 20)])
+        self._seen_B = torch.tensor([False, True, True], device=device)
+        self.slots: list[Slot] = []
+        self._dtypes: set[torch.dtype] = set()
+
+    def front(self, slot: str, key_BNTH: Tensor, value_BNTH: Tensor) -> Front:
+        """The first row's first keys and values, for the two other rows."""
+        self.slots.append(Slot(slot, key_BNTH.shape[1], key_BNTH.shape[3], value_BNTH.shape[3]))
+        self._dtypes |= {key_BNTH.dtype, value_BNTH.dtype}
+        return Front(key_BNTH[:1, :, :_LENGTH], value_BNTH[:1, :, :_LENGTH], self._seen_B)
+
+    def findings(self, logits_MV: Tensor) -> Findings:
+        """What the logits of the three texts say."""
+        stock, prefixed, packed = torch.split(logits_MV, _LENGTH)
+        return Findings(
+            tuple(self.slots),
+            reduce(torch.promote_types, self._dtypes),
+            _same(prefixed, stock),
+            _same(packed, prefixed),
+        )
+
+
+def _same(one_TV: Tensor, other_TV: Tensor) -> bool:
+    """Equal but for rounding, at most of the tokens (a rounding can turn a token over to another expert)."""
+    error_T = (one_TV - other_TV).abs().amax(dim=1).double() / other_TV.abs().amax().double().clamp(min=1e-30)
+    return bool(error_T.median() < max(1e-3, 8 * torch.finfo(one_TV.dtype).eps))

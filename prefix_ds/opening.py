@@ -1,0 +1,62 @@
+"""Opens what a run produced, to use it: the base in shards, the prefix in front of it, the tokenizer.
+
+For `prefix` runs that is the base of run.yaml and the best prefix; for runs that trained all weights their
+own model folder, with nothing in front. Knows nothing of what it is used for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from prefix_ds.checkpoint import read_prefix
+from prefix_ds.config import ModelKeys, RunConfig
+from prefix_ds.dist import World, together
+from prefix_ds.engine.settings import deepspeed_settings
+from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction
+from prefix_ds.loading import check_folder, load_base, load_tokenizer
+from prefix_ds.model import PrefixLM
+from prefix_ds.prefix import Slot, table_of
+from prefix_ds.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trained run, ready to run."""
+
+    lm: PrefixLM
+    table_PD: Tensor | None  # None: nothing in front
+    slots: Sequence[Slot]
+    tokenizer: Any
+    sharded: Sharded  # keeps DeepSpeed's engine alive
+
+
+def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_prefix: bool = True) -> Opened:
+    """The model of a run, with its best prefix or without. Raises PrefixError. Every rank calls this."""
+    keys = model_of(folder, config)
+    together(lambda: check_folder(keys))
+    settings = deepspeed_settings(config, world.size)
+    tokenizer = together(lambda: load_tokenizer(keys))
+    with sharded_construction(settings):
+        base = load_base(keys)
+    shards = sharded(base, settings)
+    lm = PrefixLM(shards.module, attention=keys.attention)
+    if config.train.method != "prefix" or not with_prefix:
+        return Opened(lm, None, (), tokenizer, shards)
+    table_PD, slots = together(lambda: _saved_table(folder, lm))
+    return Opened(lm, table_PD.to(world.device), slots, tokenizer, shards)
+
+
+def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
+    """The model a run's result runs on: its base, or the model it trained."""
+    if config.train.method == "prefix":
+        return config.model
+    own: dict[str, Any] = {"name": str(folder.model), "revision": None, "tokenizer": None, "config": {}}
+    return config.model.model_copy(update=own)
+
+
+def _saved_table(folder: RunFolder, lm: PrefixLM) -> tuple[Tensor, list[Slot]]:
+    saved = read_prefix(folder.prefix)
+    slots = [slot for slot in lm.slots if slot.name in saved.slots] or list(lm.slots)
+    return table_of(saved.keys_values(slots)), slots

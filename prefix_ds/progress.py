@@ -1,0 +1,17 @@
+"""Where a run stands: one frozen value that every room can name.
+
+Together with the engine's tensors it is all a checkpoint holds, because the data of a step is a pure function
+of its number and nothing draws random numbers after the start. Knows nothing of how a run gets on.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after `step` optimizer steps. Losses are means over target tokens, in nats."""
+
+    step: int = 0
+    valid_loss: float | None = None  # the latest
+    best_loss: float | None = None
+    best_step: int | None = None

@@ -1,0 +1,58 @@
+"""What a prefix run leaves behind: the best table as named keys and values, with where they come from.
+
+The base is recognised by a digest of its configuration as well as by name, because folders get renamed. Knows
+nothing of how the table was trained.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prefix_ds import __version__
+from prefix_ds.checkpoint import PrefixFacts, write_prefix
+from prefix_ds.config import ModelKeys
+from prefix_ds.model import PrefixLM
+from prefix_ds.prefix import Slot, keys_values_of
+from prefix_ds.progress import Progress
+
+# What differs between two copies of one base: where it lies, how it is held, who saved it.
+_NOT_THE_MODEL = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+}
+
+
+def prefix_writer(
+    keys: ModelKeys, base_config: Any, lm: PrefixLM, slots: Sequence[Slot]
+) -> Callable[[Path, Tensor, Progress], None]:
+    """A function that writes a table [P, D] into a folder as the prefix of this base."""
+
+    def write(folder: Path, table_PD: Tensor, progress: Progress) -> None:
+        pairs = keys_values_of(table_PD, slots)
+        facts = PrefixFacts(
+            base=str(keys.name),
+            revision=keys.revision,
+            model_type=lm.family,
+            base_config_sha256=config_digest(base_config),
+            base_num_slots=len(lm.slots),
+            step=progress.step,
+            valid_loss=progress.valid_loss,
+            version=__version__,
+        )
+        write_prefix(folder, {slot.name: pair for slot, pair in zip(slots, pairs, strict=True)}, facts)
+
+    return write
+
+
+def config_digest(base_config: Any) -> str:
+    """SHA-256 of what a transformers configuration says of the architecture."""
+    facts = {key: value for key, value in base_config.to_dict().items() if key not in _NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""The folder of a run: where everything lies, and whether it belongs to this configuration.
+
+    run.yaml  deepspeed.json     the resolved configuration
+    metrics.jsonl  mlflow.json   every number, and how far MLflow has them
+    checkpoints/step-00000200/   what the run goes on from
+    prefix/  model/              the best result: keys and values, or (full, pretrain) a Hugging Face folder
+    tokenizer/                   pretrain: the trained tokenizer
+
+Starting the same run again goes on in its folder; another run's folder is refused with the keys that differ.
+Knows nothing of what the files hold.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefix_ds.config import RunConfig, config_text, differing_keys, read_config
+from prefix_ds.errors import RunError
+from prefix_ds.files import restore_folder, telling_disk_errors, write_text_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in a run folder."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "run.yaml"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there are results; a start that failed before leaves only the configuration."""
+        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
+    @property
+    def deepspeed_file(self) -> Path:
+        """The resolved DeepSpeed settings."""
+        return self.path / "deepspeed.json"
+
+    @property
+    def prefix(self) -> Path:
+        """The best prefix."""
+        return self.path / "prefix"
+
+    @property
+    def model(self) -> Path:
+        """The best model of a run that trains all weights."""
+        return self.path / "model"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer a pretraining made."""
+        return self.path / "tokenizer"
+
+
+def claim(config: RunConfig) -> RunFolder:
+    """The folder of this run, made if it is new.
+
+    Raises RunError if it is another run's or cannot be written.
+    """
+    folder = RunFolder(Path(config.run.folder))
+    if folder.config_file.exists():
+        if folder.has_begun:
+            _refuse_another(folder, config)
+    elif folder.path.is_dir() and any(folder.path.iterdir()):
+        raise RunError(
+            f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"
+        )
+    with telling_disk_errors(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    restore_folder(folder.model)
+    write_text_atomically(folder.config_file, config_text(config))
+    return folder
+
+
+def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
+    """An existing run and its configuration. Raises RunError or ConfigError."""
+    folder = RunFolder(Path(path))
+    if not folder.config_file.is_file():
+        raise RunError(f"{path}: is no run folder: it has no run.yaml")
+    return folder, read_config(folder.config_file)
+
+
+def _refuse_another(folder: RunFolder, config: RunConfig) -> None:
+    differing = differing_keys(read_config(folder.config_file), config)
+    if differing:
+        raise RunError(
+            f"run.folder: {folder.path}: belongs to another run: {'; '.join(differing)}. "
+            "Choose another run.folder, or go back to its values"
+        )

@@ -1,0 +1,26 @@
+"""Where numbers go: JSON lines, MLflow, a progress bar."""
+
+from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags
+from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.metrics import Record, read_metrics
+from prefix_ds.tracking.progress import CONSOLE, Progress, progress
+from prefix_ds.tracking.sync import sync_run
+from prefix_ds.tracking.tracker import SilentTracker, Status, Tracker, open_tracker
+
+__all__ = [
+    "CONSOLE",
+    "DatasetFacts",
+    "Facts",
+    "Progress",
+    "Record",
+    "SilentTracker",
+    "Status",
+    "Tracker",
+    "flattened",
+    "masked",
+    "open_tracker",
+    "process_tags",
+    "progress",
+    "read_metrics",
+    "sync_run",
+]

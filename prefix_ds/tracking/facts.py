@@ -1,0 +1,133 @@
+"""What a run is, apart from its numbers: parameters, versions, where the data came from, who asked for it.
+
+Kept as `RUN/facts.json`, without secrets, so that MLflow can be told later what it was not told at the time.
+The `uid` names the run on any server: a request that timed out may have been obeyed all the same, and the uid
+finds what it made.
+
+Knows nothing of MLflow's limits or of how a run is trained.
+"""
+
+import getpass
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prefix_ds.errors import RunError
+from prefix_ds.files import write_text_atomically
+from prefix_ds.tracking.masking import masked
+
+_FILE = "facts.json"
+_PACKAGES = ("prefix-ds", "torch", "deepspeed", "transformers")
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One data set a run reads: what it is called, a digest of its content, what it is for, where it is."""
+
+    name: str
+    digest: str
+    context: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run is. `params` and `tags` are flat; `started` is in unix seconds."""
+
+    experiment: str
+    name: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    datasets: tuple[DatasetFacts, ...] = ()
+    started: float = field(default_factory=time.time)
+    uid: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+def write_facts(run: Path, facts: Facts, goes_on: bool) -> None:
+    """Keeps the facts; a run that goes on keeps its first uid and start. Raises RunError."""
+    if goes_on and (run / _FILE).exists():
+        first = read_facts(run)
+        facts = replace(facts, uid=first.uid, started=first.started)
+    write_text_atomically(run / _FILE, json.dumps(_without_secrets(asdict(facts)), indent=1) + "\n")
+
+
+def read_facts(run: Path) -> Facts:
+    """The facts of a run folder. Raises RunError."""
+    path = run / _FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return Facts(**tree | {"datasets": tuple(DatasetFacts(**d) for d in tree["datasets"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: cannot be read: {error}; a run folder was expected") from error
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration as `section.key: value`, all text; None is left out."""
+    return dict(_leaves(tree, ""))
+
+
+def process_tags(argv: Sequence[str]) -> dict[str, str]:
+    """Tags that tell how to do it again: versions, the command line, the commit of the working directory."""
+    tags = {f"version.{name}": version for name in _PACKAGES if (version := _version(name))}
+    tags |= {"version.python": platform.python_version(), "host": platform.node()}
+    tags |= {"mlflow.source.name": masked(shlex.join(argv)), "mlflow.source.type": "LOCAL"}
+    if commit := _git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    if user := _user():
+        tags["mlflow.user"] = user
+    return tags
+
+
+def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}.")
+        elif value is not None:
+            yield f"{above}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _without_secrets(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {name: _without_secrets(_hidden(name, value)) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_secrets(value) for value in tree]
+    return masked(tree) if isinstance(tree, str) else tree
+
+
+def _hidden(name: str, value: Any) -> Any:
+    """`value`, or stars where the name alone says that it is a secret (`api_key: x`)."""
+    if not isinstance(value, str):
+        return value
+    pair = f"{name}={value}"
+    return value if masked(pair) == pair else masked(pair).removeprefix(f"{name}=")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return None

@@ -1,0 +1,219 @@
+"""The process that copies a run's metrics to MLflow: `python -m prefix_ds.tracking.mirror RUN`.
+
+Started by the tracker, it follows metrics.jsonl and tells the server what is new, once a second. A server
+that is away is asked again after 1, 2, 4 .. 60 seconds, and told everything when it is back. The process
+ignores the signals that stop a job, since it still has to tell how the job ended, and never outlives the
+trainer by more than its patience: a thread of its own sees to that, whatever a hanging request does.
+
+The trainer's end is the end of stdin, or another parent process (a forked worker may hold stdin open). The
+status is what the trainer said before; FAILED if it said nothing, as when it was killed.
+
+Knows nothing of training.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefix_ds.errors import RunError
+from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.state import forget_state, note_status, only_writer
+
+if TYPE_CHECKING:
+    from prefix_ds.tracking.mlflow_run import MlflowRun
+
+log = logging.getLogger("prefix_ds.tracking.mirror")
+
+_POLL_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 60.0
+_SAMPLE_SECONDS = 10.0
+_FILES_SECONDS = 60.0
+_INCOMPLETE = 1  # exit code
+
+
+class Trainer:
+    """The process at the other end of stdin."""
+
+    def __init__(self) -> None:
+        """Reads the first line, which says what to do."""
+        self._parent = os.getppid()
+        self._buffer = b""
+        self.wishes: dict[str, Any] = json.loads(self._line() or "{}")
+        self.status = "FAILED"
+        self.has_ended = threading.Event()
+
+    def watch(self) -> None:
+        """Returns when the trainer has ended."""
+        while (line := self._line()) is not None:
+            self.status = json.loads(line).get("status", self.status)
+        self.has_ended.set()
+
+    def _line(self) -> str | None:
+        """The next line from stdin; None when there will be none."""
+        while b"\n" not in self._buffer:
+            if select.select([0], [], [], 0.5)[0]:
+                new = os.read(0, 4096)
+                if not new:
+                    return None
+                self._buffer += new
+            elif os.getppid() != self._parent:
+                return None
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode()
+
+
+class Mirror:
+    """Follows one run until its trainer ends."""
+
+    def __init__(self, run: "MlflowRun", machine: "_Machine", trainer: Trainer) -> None:
+        """Asks the server nothing yet."""
+        self._run, self._machine, self._trainer = run, machine, trainer
+        self._failures = 0
+        self._next_files = 0.0
+
+    def follow(self) -> None:
+        """Returns when the trainer has ended and the server knows everything."""
+        while not self._trainer.has_ended.is_set():
+            self._trainer.has_ended.wait(self._try(self._catch_up))
+        with contextlib.suppress(RunError):
+            self._run.note_status(self._trainer.status)
+        while True:
+            self._try(self._finish)
+            if not self._failures:
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _try(self, work: Callable[[], None]) -> float:
+        """Does `work`; the seconds to wait after it. Tells when the server goes and when it comes back."""
+        try:
+            work()
+        except Exception as error:  # whatever it is, training goes on and this is tried again
+            if not self._failures:
+                log.warning("MLflow does not take the metrics, which are kept: %s", _short(error))
+            self._failures += 1
+            return min(_LONGEST_WAIT_SECONDS, _POLL_SECONDS * 2.0 ** min(self._failures - 1, 10))
+        if self._failures:
+            log.warning("MLflow is back")
+        self._failures = 0
+        return _POLL_SECONDS
+
+    def _catch_up(self) -> None:
+        self._run.open()
+        for _ in self._run.send_metrics():
+            if self._trainer.has_ended.is_set():
+                return
+        if sample := self._machine.sample():
+            self._run.send_sample(sample)
+        if time.monotonic() >= self._next_files:
+            self._run.send_files(is_last=False)
+            self._next_files = time.monotonic() + _FILES_SECONDS
+
+    def _finish(self) -> None:
+        self._run.open()
+        for _ in self._run.send_metrics():
+            pass
+        self._run.send_files(is_last=True)
+        self._run.send_status()
+
+
+class _Machine:
+    """Processor, memory, disk, network and GPUs, by the collectors of MLflow's own system metrics."""
+
+    def __init__(self, uri: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        # Its own thread is never started: that one ends for good at the first request that fails.
+        self._monitor = SystemMetricsMonitor(run_id="", tracking_uri=uri)
+        self._next = time.monotonic() + _SAMPLE_SECONDS
+
+    def sample(self) -> dict[str, float]:
+        """One sample; empty until it is time for one."""
+        if time.monotonic() < self._next:
+            return {}
+        self._next = time.monotonic() + _SAMPLE_SECONDS
+        try:
+            return self._collected()
+        except Exception as error:  # a driver's trouble, not the server's
+            log.warning("the machine's state is no longer measured: %s", _short(error))
+            self._next = float("inf")
+            return {}
+
+    def _collected(self) -> dict[str, float]:
+        self._monitor.collect_metrics()
+        values = dict(self._monitor.aggregate_metrics())
+        for collector in self._monitor.monitors:
+            collector.clear_metrics()
+        return values
+
+
+def main() -> int:
+    """The process. Exit code 0 if MLflow has everything."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(10)
+    run, trainer = Path(sys.argv[1]), Trainer()
+    if "uri" not in trainer.wishes:
+        return _INCOMPLETE
+    uri, patience = trainer.wishes["uri"], trainer.wishes["patience_seconds"]
+    _log_to_stdout(uri)
+    threading.Thread(target=_end_in_time, args=(run, trainer, patience), daemon=True).start()
+    try:
+        with only_writer(run, patience_seconds=patience + 10):  # a killed trainer's mirror may still be there
+            if trainer.wishes["is_new"]:
+                forget_state(run)
+            else:
+                note_status(run, "")  # it has not ended any more
+            _follow(run, uri, trainer)
+    except Exception as error:
+        log.error("MLflow gets nothing more: %s", _short(error))
+        return _INCOMPLETE
+    return 0
+
+
+def _follow(run: Path, uri: str, trainer: Trainer) -> None:
+    from prefix_ds.tracking.mlflow_run import MlflowRun, quiet_mlflow
+
+    quiet_mlflow()
+    Mirror(MlflowRun(run, uri), _Machine(uri), trainer).follow()
+
+
+def _end_in_time(run: Path, trainer: Trainer, patience_seconds: float) -> None:
+    """Ends this process at the latest `patience_seconds` after the trainer."""
+    trainer.watch()
+    time.sleep(patience_seconds)
+    note_status(run, trainer.status)
+    os._exit(_INCOMPLETE)
+
+
+class _MaskingFormatter(logging.Formatter):
+    def __init__(self, uri: str) -> None:
+        super().__init__("%(levelname)s %(message)s")
+        self._uri = uri
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record), self._uri)
+
+
+def _log_to_stdout(uri: str) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_MaskingFormatter(uri))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.raiseExceptions = False  # nobody may be reading any more
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

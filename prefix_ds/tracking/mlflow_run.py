@@ -1,0 +1,256 @@
+"""A run folder's counterpart in MLflow: made or found again, and told what it has not got yet.
+
+Everything may be repeated: metrics go by what the server confirmed (`state`), the run itself is found by its
+uid before one is made, files go when they changed. So a timeout, a killed mirror or a lost server costs a
+repetition, never a duplicate.
+
+Errors of the server pass through; what is refused for good (a value the server will not take) is told and
+left out, since it would hold up everything behind it.
+
+Knows nothing of processes or retries.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from prefix_ds.tracking.facts import DatasetFacts, read_facts
+from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.metrics import MetricsReader, Record
+from prefix_ds.tracking.state import read_state, write_state
+
+log = logging.getLogger(__name__)
+
+UID_TAG = "prefix_ds.uid"
+_BATCH = 1000  # metrics a request, MLflow's limit
+_TEXTS = ("run.yaml", "deepspeed.json", "facts.json", "metrics.jsonl")  # sent masked
+_REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+_GONE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+
+
+class MlflowRun:
+    """One run on one server."""
+
+    def __init__(self, run: Path, uri: str) -> None:
+        """Asks the server nothing yet. Raises RunError if this is not a run folder."""
+        self._folder, self._uri = run, uri
+        self._facts = read_facts(run)
+        self._client = MlflowClient(tracking_uri=uri)
+        self._state = read_state(run)
+        self._reader = MetricsReader(run)
+        self._unsent: list[Record] = []
+        self._is_open = False
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's name of the run; empty before `open`."""
+        return self._state.run_id
+
+    def open(self) -> None:
+        """Finds the run on the server or makes it, and tells it what it is. Does nothing when open."""
+        if self._is_open:
+            return
+        self._state.uri = masked(self._uri, self._uri)
+        self._save()
+        found = self._known_run() or self._run_of_uid()
+        if found is None or found.info.run_id != self._state.run_id:
+            self._forget()
+        found = found or self._new_run()
+        self._state.run_id, self._state.experiment_id = found.info.run_id, found.info.experiment_id
+        self._save()
+        self._describe(found)
+        self._is_open = True
+
+    def num_waiting(self) -> int:
+        """Records that have something the server has not confirmed."""
+        self._unsent += [r for r in self._reader.new_records() if self._not_sent([r])]
+        return len(self._unsent)
+
+    def send_metrics(self) -> Iterator[int]:
+        """Sends what is new in metrics.jsonl; yields the number of records after each confirmed request."""
+        self.num_waiting()
+        while self._unsent:
+            records = self._unsent[:_BATCH]
+            metrics = self._not_sent(records)
+            for first in range(0, len(metrics), _BATCH):
+                self._send(metrics[first : first + _BATCH])
+            self._save()
+            del self._unsent[: len(records)]
+            yield len(records)
+
+    def send_sample(self, values: dict[str, float]) -> None:
+        """Sends one sample of the machine's state. Not repeated when it fails."""
+        step, now = self._state.system_samples, _milliseconds(time.time())
+        metrics = [Metric(_key(f"system/{name}"), float(v), now, step) for name, v in values.items()]
+        self._client.log_batch(self.run_id, metrics)
+        self._state.system_samples += 1
+
+    def send_files(self, is_last: bool) -> None:
+        """Sends the files that changed: those of the prefix, and at the end metrics.jsonl too."""
+        prefix = self._folder / "prefix"
+        files = [self._folder / name for name in _TEXTS if is_last or name != "metrics.jsonl"]
+        files += sorted(p for p in prefix.glob("*") if not p.name.startswith(".") and p.is_file())
+        for path in filter(Path.is_file, files):
+            name = path.relative_to(self._folder).as_posix()
+            facts = path.stat()
+            version = [facts.st_size, facts.st_mtime_ns]
+            if self._state.files.get(name) != version:
+                self._send_file(path, name)
+                self._state.files[name] = version
+                self._save()
+
+    def note_status(self, status: str) -> None:
+        """Keeps how the run ended, also if the server never hears of it."""
+        self._state.status, self._state.ended = status, time.time()
+        self._save()
+
+    def send_status(self) -> None:
+        """Tells the server how the run ended; FAILED if nobody could say."""
+        status = self._state.status or "FAILED"
+        self._client.set_terminated(self.run_id, status, _milliseconds(self._state.ended or time.time()))
+
+    def _known_run(self) -> Run | None:
+        if not self._state.run_id:
+            return None
+        found = self._live_run(self._state.run_id)
+        if found is None:
+            log.warning("MLflow no longer has the run %s: making a new one", self._state.run_id)
+        return found
+
+    def _live_run(self, run_id: str) -> Run | None:
+        try:
+            found = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in _GONE:
+                return None
+            raise
+        return found if found.info.lifecycle_stage == "active" else None
+
+    def _run_of_uid(self) -> Run | None:
+        """The run that an earlier request made without our hearing of it."""
+        experiment = self._client.get_experiment_by_name(self._facts.experiment)
+        if experiment is None:
+            return None
+        query = f"tags.`{UID_TAG}` = '{self._facts.uid}'"
+        found = self._client.search_runs([experiment.experiment_id], query, max_results=1)
+        return found[0] if found else None
+
+    def _new_run(self) -> Run:
+        facts = self._facts
+        tags = {UID_TAG: facts.uid}
+        run = self._client.create_run(
+            self._experiment_id(), _milliseconds(facts.started), tags, run_name=facts.name
+        )
+        self._client.log_inputs(run.info.run_id, [_dataset_input(d) for d in facts.datasets])
+        return run
+
+    def _experiment_id(self) -> str:
+        name = self._facts.experiment
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            return str(self._client.create_experiment(name))
+        if found.lifecycle_stage != "active":
+            log.warning("the experiment %s was deleted in MLflow: bringing it back", name)
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _describe(self, found: Run) -> None:
+        """Parameters cannot change in MLflow: those that did since the run began become tags."""
+        told = found.data.params
+        wanted = {_key(name): _cut(value, 6000) for name, value in self._facts.params.items()}
+        new = [Param(name, value) for name, value in wanted.items() if name not in told]
+        changed = {f"now.{name}": v for name, v in wanted.items() if name in told and told[name] != v}
+        tags = [RunTag(_key(n), _cut(v, 5000)) for n, v in (self._facts.tags | changed).items()]
+        self._client.log_batch(self.run_id, params=new, tags=tags)
+        if not self._state.status and found.info.status != "RUNNING":  # it goes on
+            self._client.update_run(self.run_id, status="RUNNING")
+
+    def _not_sent(self, records: Iterable[Record]) -> list[Metric]:
+        """The values of records that the server has not confirmed."""
+        sent = dict(self._state.sent)
+        metrics = []
+        for record in records:
+            for name, value in record.values.items():
+                if record.step > sent.get(name, -1):
+                    sent[name] = record.step
+                    metrics.append(Metric(name, float(value), _milliseconds(record.time), record.step))
+        return metrics
+
+    def _send(self, metrics: Sequence[Metric]) -> None:
+        plain = [Metric(_key(m.key), m.value, m.timestamp, m.step) for m in metrics]
+        try:
+            self._client.log_batch(self.run_id, plain)
+        except MlflowException as error:
+            if error.error_code in _GONE | _REFUSED and self._live_run(self.run_id) is None:
+                self._is_open = False  # deleted meanwhile: `open` makes another
+                self._forget()
+                raise
+            if error.error_code not in _REFUSED:
+                raise
+            self._send_one_by_one(plain)
+        self._state.sent |= {m.key: m.step for m in metrics}
+
+    def _send_one_by_one(self, metrics: Sequence[Metric]) -> None:
+        for metric in metrics:
+            try:
+                self._client.log_batch(self.run_id, [metric])
+            except MlflowException as error:
+                if error.error_code not in _REFUSED:
+                    raise
+                log.warning("MLflow refuses %s of step %d: %s", metric.key, metric.step, error)
+
+    def _send_file(self, path: Path, name: str) -> None:
+        folder, _, _ = name.rpartition("/")
+        if folder:
+            self._client.log_artifact(self.run_id, str(path), folder)
+        else:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self._client.log_text(self.run_id, masked(text, self._uri), name)
+
+    def _forget(self) -> None:
+        """Another server or a new run: everything is to be sent again."""
+        self._state.run_id = ""
+        self._state.sent, self._state.files = {}, {}
+        self._state.system_samples = 0
+        self._reader.rewind()
+        self._unsent.clear()
+
+    def _save(self) -> None:
+        write_state(self._folder, self._state)
+
+
+def _dataset_input(facts: DatasetFacts) -> DatasetInput:
+    source = masked(facts.source)
+    dataset = Dataset(_cut(facts.name, 500), facts.digest[:36], "local", _cut(source, 60000))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", facts.context)])
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes."""
+    return re.sub(r"[^\w./ :-]", "_", name)[:250]
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def quiet_mlflow() -> None:
+    """Leaves only warnings of MLflow and of the database tools it brings."""
+    for name in ("mlflow", "alembic", "sqlalchemy", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def web_address(run: MlflowRun, uri: str) -> Any:
+    """Where a browser shows the run; empty for a database."""
+    return f"{masked(uri, uri)}/#/runs/{run.run_id}" if uri.startswith("http") else ""

@@ -1,0 +1,46 @@
+"""Sends MLflow what it has not got of a run, in the foreground: `prefix-ds sync RUN`.
+
+Knows nothing of training.
+"""
+
+from pathlib import Path
+
+from prefix_ds.dist import set_default_environment
+from prefix_ds.errors import RunError
+from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.progress import progress
+from prefix_ds.tracking.state import only_writer, resolved_uri
+
+
+def sync_run(run: Path, uri: str | None = None) -> int:
+    """Sends what is missing and returns the number of records sent. Raises RunError if the server fails.
+
+    `uri` is needed where it holds a password, which the run folder does not.
+    """
+    uri = resolved_uri(uri, run)
+    set_default_environment(MLFLOW_HTTP_REQUEST_TIMEOUT="30", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
+    with only_writer(run, patience_seconds=1):
+        try:
+            return _sent(run, uri)
+        except RunError:
+            raise
+        except Exception as error:
+            words = " ".join(masked(str(error), uri).split())
+            where = masked(uri, uri)
+            raise RunError(f"{where}: MLflow did not take everything: {words}; sync again later") from None
+
+
+def _sent(run: Path, uri: str) -> int:
+    from prefix_ds.tracking.mlflow_run import MlflowRun, quiet_mlflow
+
+    quiet_mlflow()
+    there = MlflowRun(run, uri)
+    there.open()
+    sent = 0
+    with progress("sending to MLflow", there.num_waiting()) as bar:
+        for count in there.send_metrics():
+            sent += count
+            bar.at(sent)
+    there.send_files(is_last=True)
+    there.send_status()
+    return sent

@@ -1,0 +1,198 @@
+"""`prefix-ds train`: a run from its configuration to its result.
+
+Reads like a table of contents: the world, the run folder, tokenizer and data, the base in shards and what is
+trained on it, where the run goes on, the loop. Each line names the room that does the work.
+"""
+
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefix_ds import __version__
+from prefix_ds.config import DataKeys, RunConfig
+from prefix_ds.data.examples import Examples, load_examples
+from prefix_ds.data.stream import Stream, Sweep
+from prefix_ds.data.texts import read_texts
+from prefix_ds.dist import World, joined_world, on_first, peers_may_die, together, wait_for_all
+from prefix_ds.engine.full_engine import FullEngine
+from prefix_ds.engine.prefix_engine import PrefixEngine
+from prefix_ds.engine.settings import Settings, deepspeed_settings
+from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction, sharded_with_optimizer
+from prefix_ds.files import write_text_atomically
+from prefix_ds.initial import initial_prefix
+from prefix_ds.loading import check_folder, load_base, load_tokenizer, new_base
+from prefix_ds.logs import configure_logging
+from prefix_ds.loop import Run, fit
+from prefix_ds.memory import RunMemory
+from prefix_ds.model import PrefixLM
+from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
+from prefix_ds.optim import adamw
+from prefix_ds.progress import Progress
+from prefix_ds.result import prefix_writer
+from prefix_ds.run_folder import RunFolder, claim
+from prefix_ds.stop import StopRequest
+from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, process_tags, progress
+
+log = logging.getLogger(__name__)
+
+_TOLD_PACKAGES = ("torch", "deepspeed", "transformers")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, on what: an engine, and the shards behind it."""
+
+    engine: PrefixEngine | FullEngine
+    lm: PrefixLM
+    base: Sharded
+    num_trained: int  # elements
+    num_frozen: int
+
+
+def train(config: RunConfig) -> Progress:
+    """Trains a run to its end, from where it stands. Every rank calls this.
+
+    Raises PrefixError; Stopped when asked to stop, with a checkpoint written; PeerLost.
+    """
+    configure_logging()
+    stop = StopRequest()
+    with joined_world() as world, peers_may_die():
+        return _train(config, world, stop)
+
+
+def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
+    folder, settings = together(lambda: _prepared(config, world))
+    tokenizer = _tokenizer(config, folder, world)
+    examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
+    trained = _trained(config, settings, tokenizer, world)
+    memory = RunMemory(folder, world, config)
+    start = memory.restore(trained.engine)
+    data = _rows_for(config.data, trained.lm)
+    stream = Stream(examples["train"], data, config.train, world)
+    sweep = Sweep(examples["valid"], data, config.train, world) if "valid" in examples else None
+    _tell(world, trained, list(examples.values()), start)
+    tracker = open_tracker(
+        folder.path,
+        _facts(config, folder, list(examples.values())),
+        uri=config.mlflow.uri,
+        resume_step=start.step or None,
+        is_first=world.is_first,
+    )
+    bar = progress("training", stream.num_steps, done=start.step, is_visible=world.is_first)
+    with tracker, bar as shown:
+        run = Run(trained.engine, stream, sweep, tracker, shown, memory, stop)
+        end = fit(run, config.train, config.run, start)
+        wait_for_all()
+    log.info("%s", _farewell(memory, end))
+    return end
+
+
+def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings]:
+    """The run folder and DeepSpeed's settings, written into it."""
+    settings = deepspeed_settings(config, world.size)
+    if config.model.name:
+        check_folder(config.model)
+    folder = claim(config) if world.is_first else RunFolder(Path(config.run.folder))
+    if world.is_first:
+        write_text_atomically(folder.deepspeed_file, json.dumps(settings, indent=2) + "\n")
+    return folder, settings
+
+
+def _splits(config: RunConfig) -> list[str]:
+    return [split for split in ("train", "valid") if getattr(config.data, split)]
+
+
+def _tokenizer(config: RunConfig, folder: RunFolder, world: World) -> Any:
+    """The base's tokenizer; a pretraining without one makes its own and keeps it in the run folder."""
+    if config.model.name or config.model.tokenizer:
+        return together(lambda: load_tokenizer(config.model))
+    if not folder.tokenizer.exists():
+        on_first(world, lambda: _make_tokenizer(config, folder))
+    return opened_tokenizer(folder.tokenizer)
+
+
+def _make_tokenizer(config: RunConfig, folder: RunFolder) -> None:
+    log.info("training a tokenizer")
+    vocab_size = int(config.model.config.get("vocab_size", 8192))
+    made = trained_tokenizer(read_texts(config.data), vocab_size)
+    made.save_pretrained(folder.tokenizer)
+
+
+def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -> Trained:
+    """The base in shards and the engine that trains it, or a prefix on it. Every rank calls this."""
+    with sharded_construction(settings):
+        base = load_base(config.model) if config.model.name else new_base(config.model, tokenizer)
+    if config.train.method == "prefix":
+        return _prefix_on(sharded(base, settings), config, tokenizer, world)
+    shards = sharded_with_optimizer(base, settings, adamw(base.parameters(), config.train))
+    lm = _wrapped(shards, config, world)
+    engine = FullEngine(lm, shards, config.train, world, tokenizer)
+    return Trained(engine, lm, shards, shards.num_parameters(), 0)
+
+
+def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World) -> Trained:
+    lm = _wrapped(shards, config, world)
+    prefix = initial_prefix(lm, config.prefix, tokenizer, config.train.seed, world.device)
+    write = prefix_writer(config.model, shards.module.config, lm, prefix.slots)
+    engine = PrefixEngine(lm, prefix, config.train, world, write)
+    return Trained(engine, lm, shards, sum(p.numel() for p in engine.trained), shards.num_parameters())
+
+
+def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
+    keys = config.model
+    lm = PrefixLM(shards.module, attention=keys.attention, recompute=keys.recompute, device=world.device)
+    for line in lm.limits if world.is_first else ():
+        log.warning("%s", line)
+    return lm
+
+
+def _rows_for(data: DataKeys, lm: PrefixLM) -> DataKeys:
+    """The data keys, with packing off for a base whose layers carry state from one document to the next."""
+    if data.packing and not lm.can_pack:
+        log.warning("data.packing is off: %s cannot keep documents of one row apart", lm.family)
+        return data.model_copy(update={"packing": False})
+    return data
+
+
+def _facts(config: RunConfig, folder: RunFolder, examples: Sequence[Examples]) -> Facts:
+    """What MLflow is told about the run, apart from its numbers."""
+    return Facts(
+        experiment=config.mlflow.experiment,
+        name=config.mlflow.name or folder.path.name,
+        params=flattened(config.model_dump(mode="json")),
+        tags=process_tags(sys.argv) | {"prefix_ds.method": config.train.method} | config.mlflow.tags,
+        datasets=tuple(_dataset_facts(e) for e in examples),
+    )
+
+
+def _dataset_facts(examples: Examples) -> DatasetFacts:
+    split, source = examples.report.split, ", ".join(examples.records.names)
+    return DatasetFacts(Path(source).name or split, examples.records.identity(), split, source)
+
+
+def _tell(world: World, trained: Trained, examples: Sequence[Examples], start: Progress) -> None:
+    """The first lines of the log: versions, world, data, what is trained and what this rank holds."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _TOLD_PACKAGES)
+    log.info("prefix-ds %s, %s; %d ranks on %s", __version__, versions, world.size, world.device.type)
+    for e in examples:
+        log.info("%s", e.report.line())
+    log.info(
+        "trained %s, frozen %s elements; %s resident on each rank",
+        f"{trained.num_trained:,}",
+        f"{trained.num_frozen:,}",
+        f"{trained.base.resident_bytes() / 2**20:,.1f} MiB",
+    )
+    if start.step:
+        log.info("going on after step %d", start.step)
+
+
+def _farewell(memory: RunMemory, end: Progress) -> str:
+    best = (
+        "" if end.best_loss is None else f"; best validation loss {end.best_loss:.4f} at step {end.best_step}"
+    )
+    return f"done after {end.step} steps{best}: {memory.result}"
