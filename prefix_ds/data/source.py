@@ -99,9 +99,21 @@ def read_records(source: Source, key: str) -> Records:
         dataset = hub.load_from_hub(hub_id, key)
         names = (str(hub_id),)
         return Records(key, _cached(key, dataset._fingerprint, names=names, dataset=dataset), names, True)
-    paths = tuple(path for item in items for path in _files(item, key))
-    stamps = [_stamp(path, key) for path in paths]
-    return Records(key, _cached(key, stamps, names=paths), paths, False)
+    paths = tuple(path for item in items for path in named_files(item, key))
+    return Records(key, _cached(key, [_stamp(path) for path in paths], names=paths), paths, False)
+
+
+def named_files(item: str, key: str) -> list[str]:
+    """The files one item of a source names, in order; none for a hub id. Reads nothing.
+
+    Raises DataError, of one line, for a file that is missing, empty or of an unknown kind.
+    """
+    if not _names_files(item) and hub.parse_hub_id(item, key, "train"):
+        return []
+    paths = _files(item, key)
+    for path in paths:
+        _check_file(path, key)
+    return paths
 
 
 def _hub_id(items: list[str], key: str) -> hub.HubId | None:
@@ -137,14 +149,17 @@ def _files(item: str, key: str) -> list[str]:
     return found
 
 
-def _stamp(path: str, key: str) -> tuple[str, int, int]:
+def _check_file(path: str, key: str) -> None:
     if Path(path).suffix.lower() not in FORMATS:
         raise DataError(
             f"{key}: {path}: unknown extension {Path(path).suffix or '(none)'}; known: {', '.join(FORMATS)}"
         )
-    state = Path(path).stat()
-    if not state.st_size:
+    if not Path(path).stat().st_size:
         raise DataError(f"{key}: {path}: the file is empty")
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    state = Path(path).stat()
     return str(Path(path).resolve()), state.st_size, state.st_mtime_ns
 
 
