@@ -494,6 +494,7 @@ def test_tokens_are_made_once_and_again_when_anything_they_depend_on_changes(
 
     monkeypatch.setattr(Recipe, "__call__", refuse)
     again = make_tokenizer(front=["<s>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    again(["what it was used for", "before"], padding=True, truncation=True, max_length=3)
     for same in (data, data.model_copy(update={"packing": False})):
         assert tokens_of(tokenise_split("train", same, again)) == before
     changes = ({"prompt": "{q}"}, {"target": "{a}"}, {"max_length": 95}, {"too_long": "drop"})
@@ -718,6 +719,30 @@ def test_a_global_batch_is_the_same_at_any_world_size(tmp_path, tokenizer, packi
             tokens = sum(batch.num_tokens for share in shares for batch in share.micro_batches)
             assert tokens == shares[0].global_tokens
             assert shares[0].num_examples == sum(wanted.values())
+
+
+def test_a_share_depends_on_its_step_alone(tmp_path, tokenizer):
+    examples = tokenise_split("train", keys(tmp_path), tokenizer)
+    train = TrainKeys(epochs=3, global_batch_size=7, micro_batch_tokens=200)
+    walked = Stream(examples, keys(tmp_path), train, world(1, 2))
+    for step in range(walked.num_steps):
+        fresh = Stream(examples, keys(tmp_path), train, world(1, 2)).share(step)
+        for ours, theirs in zip(walked.share(step).micro_batches, fresh.micro_batches, strict=True):
+            for name in ("ids_BT", "positions_BT", "target_index_M", "target_ids_M"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    from prefix_ds.data import formats
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", path)
+        yield
+
+    monkeypatch.setitem(formats.FORMATS, ".txt", refused)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"data\.train: \[Errno 13\] Permission denied: .*a\.txt"):
+        read_records(str(tmp_path / "a.txt"), "data.train")
 
 
 def test_a_rank_without_work_runs_empty_micro_batches(tmp_path, tokenizer):

@@ -178,7 +178,7 @@ def _cached(key: str, content: object, **arguments: Any) -> Any:
                 fingerprint=fingerprint(key, content, code_fingerprint(sys.modules[__name__], formats, hub)),
             )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, DataError | OSError):  # OSError: no permission, a disk that fails
             raise DataError(f"{key}: {error.__cause__}") from None
         raise
 
