@@ -22,6 +22,7 @@ from prefix_ds.data.tokenise import Recipe, templates_of, tokenised
 from prefix_ds.errors import ConfigError, DataError
 
 Ints = NDArray[np.int64]
+Marks = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,10 @@ class Report:
     cut: int  # examples whose prompt lost its start
     dropped: int
     pieces: int  # examples that are parts of a longer text
-    lengths: tuple[int, int, int, int]  # tokens that 50, 90, 99 and 100 % of the examples do not exceed
+    lengths: Marks  # of examples, in tokens
 
     def line(self) -> str:
         """All of it on one line."""
-        half, most, nearly_all, longest = self.lengths
         fates = [
             ("prompts cut", self.cut),
             ("dropped", self.dropped),
@@ -47,8 +47,7 @@ class Report:
         ]
         return (
             f"{self.split}: {self.examples:,} examples, {self.tokens:,} tokens ({self.targets:,} targets); "
-            f"lengths 50% {half}, 90% {most}, 99% {nearly_all}, longest {longest}"
-            + "".join(f"; {count:,} {what}" for what, count in fates if count)
+            f"{lengths_text(self.lengths)}" + "".join(f"; {count:,} {what}" for what, count in fates if count)
         )
 
 
@@ -121,7 +120,6 @@ def _lengths(lists: Any) -> Ints:
 
 
 def _report(split: str, lengths: Ints, num_targets: Ints, fates: NDArray[np.int8]) -> Report:
-    half, most, nearly_all, longest = np.percentile(lengths, (50, 90, 99, 100), method="inverted_cdf")
     return Report(
         split=split,
         examples=len(lengths),
@@ -130,5 +128,16 @@ def _report(split: str, lengths: Ints, num_targets: Ints, fates: NDArray[np.int8
         cut=int((fates == Fate.CUT).sum()),
         dropped=int((fates == Fate.DROPPED).sum()),
         pieces=int((fates == Fate.PIECE).sum()),
-        lengths=(int(half), int(most), int(nearly_all), int(longest)),
+        lengths=length_marks(lengths),
     )
+
+
+def length_marks(lengths: Ints) -> Marks:
+    """The lengths that 50, 90, 99 and 100 % do not exceed."""
+    half, most, nearly_all, longest = np.percentile(lengths, (50, 90, 99, 100), method="inverted_cdf")
+    return int(half), int(most), int(nearly_all), int(longest)
+
+
+def lengths_text(marks: Marks) -> str:
+    """Those four in words."""
+    return "lengths 50% {:,}, 90% {:,}, 99% {:,}, longest {:,}".format(*marks)

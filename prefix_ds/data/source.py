@@ -97,14 +97,23 @@ def read_records(source: Source, key: str) -> Records:
     hub_id = _hub_id(items, key)
     if hub_id:
         dataset = hub.load_from_hub(hub_id, key)
-        records = Records(key, _cached(key, dataset._fingerprint, dataset=dataset), (str(hub_id),), True)
-    else:
-        paths = [path for item in items for path in _files(item, key)]
-        stamps = [_stamp(path, key) for path in paths]
-        records = Records(key, _cached(key, stamps, paths=tuple(paths)), tuple(paths), False)
-    if not len(records):
-        raise DataError(f"{key}: {', '.join(records.names)}: no records")
-    return records
+        names = (str(hub_id),)
+        return Records(key, _cached(key, dataset._fingerprint, names=names, dataset=dataset), names, True)
+    paths = tuple(path for item in items for path in named_files(item, key))
+    return Records(key, _cached(key, [_stamp(path) for path in paths], names=paths), paths, False)
+
+
+def named_files(item: str, key: str) -> list[str]:
+    """The files one item of a source names, in order; none for a hub id. Reads nothing.
+
+    Raises DataError, of one line, for a file that is missing, empty or of an unknown kind.
+    """
+    if not _names_files(item) and hub.parse_hub_id(item, key, "train"):
+        return []
+    paths = _files(item, key)
+    for path in paths:
+        _check_file(path, key)
+    return paths
 
 
 def _hub_id(items: list[str], key: str) -> hub.HubId | None:
@@ -140,14 +149,17 @@ def _files(item: str, key: str) -> list[str]:
     return found
 
 
-def _stamp(path: str, key: str) -> tuple[str, int, int]:
+def _check_file(path: str, key: str) -> None:
     if Path(path).suffix.lower() not in FORMATS:
         raise DataError(
             f"{key}: {path}: unknown extension {Path(path).suffix or '(none)'}; known: {', '.join(FORMATS)}"
         )
-    state = Path(path).stat()
-    if not state.st_size:
+    if not Path(path).stat().st_size:
         raise DataError(f"{key}: {path}: the file is empty")
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    state = Path(path).stat()
     return str(Path(path).resolve()), state.st_size, state.st_mtime_ns
 
 
@@ -166,16 +178,19 @@ def _cached(key: str, content: object, **arguments: Any) -> Any:
                 fingerprint=fingerprint(key, content, code_fingerprint(sys.modules[__name__], formats, hub)),
             )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, DataError | OSError):  # OSError: no permission, a disk that fails
             raise DataError(f"{key}: {error.__cause__}") from None
         raise
 
 
-def _rows(paths: tuple[str, ...] = (), dataset: Any = None) -> Iterator[dict[str, Any]]:
-    readers = [hub.hub_rows(dataset)] if dataset is not None else [_read(path) for path in paths]
+def _rows(names: tuple[str, ...], dataset: Any = None) -> Iterator[dict[str, Any]]:
+    readers = [hub.hub_rows(dataset)] if dataset is not None else [_read(name) for name in names]
+    number = 0
     for file, rows in enumerate(readers):
         for number, record in rows:
             yield {"record": record, "file": file, "number": number}
+    if not number:
+        raise DataError(f"{', '.join(names)}: no records")
 
 
 def _read(path: str) -> formats.Rows:

@@ -65,10 +65,15 @@ class Recipe:
 
 def templates_of(split: str, data: DataKeys) -> tuple[Template, Template]:
     """The prompt's template and the target's; valid and test may have their own, data.references."""
-    prompt = parse_template(data.prompt, "data.prompt")
+    (prompt_key, prompt), (target_key, target) = template_keys(split, data)
+    return parse_template(prompt, prompt_key), parse_template(target, target_key)
+
+
+def template_keys(split: str, data: DataKeys) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The keys of run.yaml that hold a split's templates, prompt and target, each with its text."""
     if split != "train" and data.references is not None:
-        return prompt, parse_template(data.references, "data.references")
-    return prompt, parse_template(data.target, "data.target")
+        return ("data.prompt", data.prompt), ("data.references", data.references)
+    return ("data.prompt", data.prompt), ("data.target", data.target)
 
 
 def tokenised(records: Records, recipe: Recipe, workers: int) -> Any:

@@ -1,0 +1,149 @@
+"""`prefix-ds check`: says everything that is wrong with a run, and shows what the model will see.
+
+Runs in one process and loads no weights: the base's folder, DeepSpeed's preset and the tokenizer are looked
+at, then every split is tokenised as training would do it, and is in the cache when it does. Problems are
+collected, so that one reading tells all of them.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from prefix_ds.config import RunConfig
+from prefix_ds.data.examples import Examples, length_marks, lengths_text, tokenise_split
+from prefix_ds.data.source import Records, named_files, read_records
+from prefix_ds.data.template import Template, parse_template
+from prefix_ds.data.tokenise import template_keys
+from prefix_ds.engine.settings import deepspeed_settings
+from prefix_ds.errors import PrefixError
+from prefix_ds.loading import check_folder, load_tokenizer
+
+Answer = TypeVar("Answer")
+
+_SHOWN_EXAMPLES = 3
+_SHOWN_CHARACTERS = 400  # at the beginning of a prompt or target, and at its end
+
+
+class Problems:
+    """What was found wrong, each line once."""
+
+    def __init__(self) -> None:
+        """None so far."""
+        self.lines: list[str] = []
+
+    def of(self, work: Callable[[], Answer]) -> Answer | None:
+        """What `work` answers; None, and its line noted, if it raises a PrefixError."""
+        try:
+            return work()
+        except PrefixError as error:
+            self.lines += [line for line in str(error).splitlines() if line not in self.lines]
+            return None
+
+
+def check_run(config: RunConfig, console: Console) -> None:
+    """Shows a run's data on the console. Raises PrefixError, with a line for everything that is wrong."""
+    problems = Problems()
+    problems.of(lambda: deepspeed_settings(config, world_size=1))
+    if config.model.name:
+        problems.of(lambda: check_folder(config.model))
+    has_tokenizer = bool(config.model.tokenizer or config.model.name)
+    tokenizer = problems.of(lambda: load_tokenizer(config.model)) if has_tokenizer else None
+    if not has_tokenizer:
+        console.print("The run will make its own tokenizer; until then lengths are in characters.")
+    for split in ("train", "valid", "test"):
+        if getattr(config.data, split):
+            for line in _split_view(split, config, tokenizer, problems):
+                console.print(line, soft_wrap=True)
+    if problems.lines:
+        raise PrefixError("\n  ".join([f"{len(problems.lines)} to mend:", *problems.lines]))
+    console.print("Nothing is wrong.", style="green")
+
+
+def _split_view(split: str, config: RunConfig, tokenizer: Any, problems: Problems) -> list[Text]:
+    """What there is to show of a split; nothing where it has problems."""
+    records = _records(split, config, problems)
+    templates = _templates(split, config, records, problems)
+    if records is None or len(templates) < 2:
+        return []
+    prompt, target = templates
+    view = problems.of(
+        lambda: (
+            _in_characters(split, records, prompt, target)
+            if tokenizer is None
+            else _in_tokens(tokenise_split(split, config.data, tokenizer), tokenizer)
+        )
+    )
+    return view or []
+
+
+def _records(split: str, config: RunConfig, problems: Problems) -> Records | None:
+    source, key = getattr(config.data, split), f"data.{split}"
+    items = [source] if isinstance(source, str) else source
+    found = [problems.of(partial(named_files, item, key)) for item in items]
+    return None if None in found else problems.of(lambda: read_records(source, key))
+
+
+def _templates(split: str, config: RunConfig, records: Records | None, problems: Problems) -> list[Template]:
+    """The templates that fit the first record; two if all is well."""
+
+    def fitting(key: str, text: str) -> Template:
+        template = parse_template(text, key)
+        if records is not None:
+            template.check(records[0], records.place(0))
+        return template
+
+    tried = [problems.of(partial(fitting, *pair)) for pair in template_keys(split, config.data)]
+    return [template for template in tried if template is not None]
+
+
+def _in_tokens(examples: Examples, tokenizer: Any) -> list[Text]:
+    view = [Text(examples.report.line(), style="bold")]
+    if examples.report.split == "train":
+        shown = range(min(_SHOWN_EXAMPLES, len(examples)))
+        view += [_example(examples, index, tokenizer) for index in shown]
+    return view
+
+
+def _example(examples: Examples, index: int, tokenizer: Any) -> Text:
+    """One example: its prompt in one colour, its target in another and between brackets."""
+    (ids,) = examples.ids([index])
+    border = len(ids) - int(examples.num_targets[index])
+    place = examples.records.place(int(examples.record_of[index]))
+    return _shown(
+        f"{place}: {border} tokens are read, {len(ids) - border} learnt",
+        *(_shortened(tokenizer.decode(part.tolist())) for part in (ids[:border], ids[border:])),
+    )
+
+
+def _in_characters(split: str, records: Records, prompt: Template, target: Template) -> list[Text]:
+    pairs = list(_texts(records, prompt, target))
+    marks = length_marks(np.array([len(read) + len(learnt) for _, read, learnt in pairs]))
+    view = [Text(f"{split}: {len(pairs):,} examples; {lengths_text(marks)} characters", style="bold")]
+    if split == "train":
+        first = itertools.islice(pairs, _SHOWN_EXAMPLES)
+        view += [_shown(place, _shortened(read), _shortened(learnt)) for place, read, learnt in first]
+    return view
+
+
+def _texts(records: Records, prompt: Template, target: Template) -> Iterator[tuple[str, str, str]]:
+    """Place, prompt and target of every example."""
+    for index, record in enumerate(records):
+        place = records.place(index)
+        read = prompt.text(record, place)
+        for learnt in target.texts(record, place):
+            yield place, read, learnt
+
+
+def _shown(head: str, read: str, learnt: str) -> Text:
+    return Text.assemble((f"  {head}\n", "dim"), (read, "cyan"), "⟦", (learnt, "bold green"), "⟧")
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= 2 * _SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_SHOWN_CHARACTERS]} [...] {text[-_SHOWN_CHARACTERS:]}"

@@ -1,0 +1,131 @@
+"""What `prefix-ds check` says of a run: all that is wrong, or what the model will see."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from prefix_ds.check import check_run
+from prefix_ds.config import parse_config
+from prefix_ds.errors import PrefixError
+from prefix_ds.new_tokenizer import END, trained_tokenizer
+
+ROWS = [{"q": f"how many are {n} and [1]?", "a": f"exactly {n + 1}"} for n in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose base is a tokenizer and files that are no weights."""
+    base = tmp_path / "base"
+    trained_tokenizer([row["q"] for row in ROWS], 300).save_pretrained(base)
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (base / "model.safetensors").write_text("not weights")
+    for split, rows in (("train", ROWS), ("valid", ROWS[:3])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def made(*overrides):
+        text = f"""
+            model: {{name: {base}}}
+            prefix: {{text: "Count:"}}
+            data:
+              train: {tmp_path}/train.jsonl
+              valid: {tmp_path}/valid.jsonl
+              prompt: "{{q}}"
+              target: " {{a}}"
+        """
+        return parse_config(text, overrides)
+
+    return made
+
+
+def checked(config, **console):
+    screen = io.StringIO()
+    check_run(config, Console(file=screen, width=200, **console))
+    return screen.getvalue()
+
+
+def wrong(config):
+    with pytest.raises(PrefixError) as error:
+        checked(config)
+    return str(error.value).splitlines()
+
+
+def test_a_sound_run_shows_three_examples_and_the_lengths_of_all_splits(run, tmp_path):
+    page = checked(run())
+    for n in range(3):
+        assert f"{tmp_path}/train.jsonl:{n + 1}: " in page
+        assert f"how many are {n} and [1]?⟦ exactly {n + 1}{END}⟧" in page
+    assert page.count("⟦") == 3
+    assert "train: 12 examples" in page
+    assert "valid: 3 examples" in page
+    assert "Nothing is wrong." in page
+
+
+def test_prompt_and_target_have_colours_of_their_own(run):
+    page = checked(run(), force_terminal=True, color_system="standard")
+    assert "\x1b[36mhow many are 0 and [1]?\x1b[0m⟦\x1b[1;32m exactly 1" in page
+
+
+def test_what_would_be_cut_or_dropped_is_told(run):
+    assert "12 prompts cut" in checked(run("data.max_length=16"))
+    page = checked(run("data.max_length=18", "data.too_long=drop"))
+    assert "train: 11 examples" in page
+    assert "1 dropped" in page
+
+
+def test_everything_that_is_wrong_is_told_at_once(run, tmp_path):
+    (tmp_path / "valid.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": null}\n')
+    lines = wrong(
+        run(
+            "model.tokenizer=./nowhere",
+            "engine.deepspeed=zero9",
+            "data.prompt='{qq}'",
+            "data.target='{a!r}'",
+            "data.references='{a}'",
+            f"data.train=[{tmp_path}/gone.jsonl, {tmp_path}/valid.jsonl, {tmp_path}/train.tsv]",
+            f"data.test={tmp_path}/valid.jsonl",
+        )
+    )
+    assert lines[0] == f"{len(lines) - 1} to mend:"
+    found = "\n".join(lines)
+    for said in (
+        "engine.deepspeed: 'zero9'",
+        "model.tokenizer: ./nowhere",
+        "data.train: " + str(tmp_path / "gone.jsonl") + ": no such file",
+        "data.train: " + str(tmp_path / "train.tsv") + ": no such file",
+        "data.target: '{a!r}'",
+        f"data.prompt: {tmp_path}/valid.jsonl:1 has no field 'qq'",
+    ):
+        assert said in found
+    assert len(set(lines)) == len(lines)
+
+
+def test_a_bad_record_deep_in_a_file_is_found_even_without_a_tokenizer(run, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"q": "x", "a": "y"}\n' * 5 + '{"q": "x", "a": null}\n')
+    for more in ([], ["model.tokenizer=./nowhere"]):
+        assert any("train.jsonl:6: the field 'a' is null" in line for line in wrong(run(*more)))
+
+
+def test_a_pretraining_without_a_tokenizer_is_measured_in_characters(run):
+    page = checked(run("model.name=null", "model.config={model_type: llama}", "train.method=pretrain"))
+    assert "The run will make its own tokenizer; until then lengths are in characters." in page
+    assert "train: 12 examples; lengths 50% 33, 90% 35, 99% 35, longest 35 characters" in page
+    assert "how many are 0 and [1]?⟦ exactly 1⟧" in page
+
+
+def test_long_texts_are_shown_by_their_ends(run, tmp_path):
+    rows = [{"q": "begin " + "x" * 5000 + " end", "a": "1"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    page = checked(run("data.max_length=8000", "train.micro_batch_tokens=8000"))
+    assert "begin xxx" in page
+    assert "xxx end⟦" in page
+    assert len(page) < 2000

@@ -1,0 +1,836 @@
+"""The data room's laws: what is read, what the model sees of it, and in which batches."""
+
+import csv
+import itertools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefix_ds import dist
+from prefix_ds.config import DataKeys, TrainKeys
+from prefix_ds.data import packing
+from prefix_ds.data.batch import Share
+from prefix_ds.data.collate import collate
+from prefix_ds.data.encode import encoder_of
+from prefix_ds.data.examples import Examples, load_examples, tokenise_split
+from prefix_ds.data.hub import HubId, parse_hub_id
+from prefix_ds.data.order import Order
+from prefix_ds.data.prompts import prompt_of_text, read_prompts
+from prefix_ds.data.source import read_records
+from prefix_ds.data.stream import Stream, Sweep
+from prefix_ds.data.template import parse_template
+from prefix_ds.data.tokenise import Recipe
+from prefix_ds.errors import ConfigError, DataError
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+WORDS = [
+    "ein",
+    "Hund",
+    "läuft",
+    "über",
+    "die",
+    "grüne",
+    "Wiese",
+    "and",
+    "a",
+    "child",
+    "reads",
+    "3",
+    "books",
+    "木",
+]
+RECORDS = [{"q": f"question {i} " + " ".join(WORDS[: i % 9]), "a": f"answer {i}"} for i in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+
+
+def make_tokenizer(front=(), behind=(), **special):
+    """A byte-level BPE that puts `front` and `behind` around a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    names = ["<pad>", "<s>", "</s>", "[SEP]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    if front or behind:
+        model.post_processor = processors.TemplateProcessing(
+            single=[*front, "$A", *behind], special_tokens=[(name, i) for i, name in enumerate(names)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(front=["<s>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def keys(tmp_path, records=RECORDS, **more):
+    """Data keys whose training file holds the records."""
+    train = write_jsonl(tmp_path / "train.jsonl", records)
+    settings = {"prompt": "{q} =>", "target": " {a}", "max_length": 96}
+    return DataKeys.model_validate({"train": train} | settings | more)
+
+
+def world(rank=0, size=1):
+    return dist.World(rank, size, rank, size, torch.device("cpu"))
+
+
+def tokens_of(examples: Examples):
+    """Each example as (prompt ids, target ids)."""
+    ids = examples.ids(range(len(examples)))
+    return [
+        (tuple(i[: len(i) - n].tolist()), tuple(i[len(i) - n :].tolist()))
+        for i, n in zip(ids, examples.num_targets, strict=True)
+    ]
+
+
+def random_records(rng, count):
+    text = [" ".join(rng.choice(WORDS, size=rng.integers(0, 12))) for _ in range(2 * count)]
+    return [{"q": f"{i} {text[2 * i]}", "a": f"{i} {text[2 * i + 1]}"} for i in range(count)]
+
+
+# --- templates -----------------------------------------------------------------------------------------
+
+
+def test_a_template_puts_fields_between_its_literal_text():
+    template = parse_template("{{x}} {a b}/{n}{n}", "data.prompt")
+    assert template.fields == ("a b", "n")
+    assert template.text({"a b": "{n}", "n": 3}, "here") == "{x} {n}/33"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{a", "expected '}'"),
+        ("a}", "Single '}'"),
+        ("{}", "a field's name"),
+        ("{a!r}", "a field's name"),
+        ("{a:>3}", "a field's name"),
+    ],
+)
+def test_braces_that_do_not_fit_are_told_with_their_key(text, said):
+    with pytest.raises(DataError, match=r"data\.prompt: ") as error:
+        parse_template(text, "data.prompt")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"b": "x"}, "data.target: f:1 has no field 'answer'; its fields: b"),
+        ({"anser": "x"}, "did you mean {anser}?"),
+        ({"answer": None}, "data.target: f:1: the field 'answer' is null; expected text or a number"),
+        ({"answer": {}}, "'answer' is an object"),
+        ({"answer": []}, "'answer' is an empty list"),
+        ({"answer": [["x"]]}, "'answer' is a list in a list"),
+        ({"answer": "\ud800"}, "half of a character"),
+    ],
+)
+def test_a_record_that_does_not_fit_its_template_is_told(record, said):
+    with pytest.raises(DataError) as error:
+        parse_template("{answer}", "data.target").texts(record, "f:1")
+    assert said in str(error.value)
+
+
+def test_one_list_makes_a_text_an_entry_and_only_where_lists_may_stand():
+    template = parse_template("{a}: {b}", "data.target")
+    assert template.texts({"a": "x", "b": ["1", 2]}, "f:1") == ["x: 1", "x: 2"]
+    with pytest.raises(DataError, match="'a' and 'b' hold lists; expected one"):
+        template.texts({"a": ["x"], "b": ["y"]}, "f:1")
+    with pytest.raises(DataError, match="'b' holds a list; expected one text"):
+        template.text({"a": "x", "b": ["y"]}, "f:1")
+
+
+# --- sources -------------------------------------------------------------------------------------------
+
+
+def write_as(path: Path, texts):
+    """The texts as records of one field, `text`, in the format of the file's extension."""
+    if path.suffix == ".jsonl":
+        return write_jsonl(path, [{"text": text} for text in texts])
+    if path.suffix == ".txt":
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": texts}), path)
+    return str(path)
+
+
+HOSTILE = [
+    "007",
+    "NA",
+    "null",
+    "2020-01-01",
+    "1.0",
+    'say "no", twice',
+    "a\u2028b\x0bc",
+    "日本 😀",
+    "  indented",
+    "{text}",
+]
+
+
+@pytest.mark.parametrize("extension", [".jsonl", ".csv", ".txt", ".parquet", ".JSONL"])
+def test_every_format_gives_the_text_that_stands_in_the_file(tmp_path, extension):
+    path = tmp_path / f"it's a [test] $HOME *?#::1{extension.lower()}"
+    write_as(path, HOSTILE)
+    records = read_records(str(path.rename(path.with_suffix(extension))), "data.train")
+    assert [record["text"] for record in records] == HOSTILE
+
+
+def test_json_values_keep_their_kind(tmp_path):
+    record = {"day": "2020-01-01", "n": 1, "x": 1.5, "yes": True, "refs": ["a", "b"], "more": {"k": None}}
+    path = write_jsonl(tmp_path / "a.jsonl", [record, {"day": "no day", "n": 0.5}])
+    assert list(read_records(path, "data.train")) == [record, {"day": "no day", "n": 0.5}]
+
+
+def test_lists_and_globs_keep_the_order_of_their_files_and_formats_mix(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "d.csv"):
+        write_as(tmp_path / name, [name])
+    sources = [str(tmp_path / "c.txt"), str(tmp_path / "*.jsonl"), str(tmp_path / "d.csv")]
+    found = [record["text"] for record in read_records(sources, "data.train")]
+    assert found == ["c.txt", "a.jsonl", "b.jsonl", "d.csv"]
+
+
+def test_blank_lines_are_no_records_and_lines_keep_their_numbers(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n  \ntwo")
+    records = read_records(str(tmp_path / "a.txt"), "data.train")
+    assert [record["text"] for record in records] == ["one", "two"]
+    assert [records.place(i) for i in range(2)] == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:4"]
+
+
+def test_a_csv_row_is_named_by_the_line_it_starts_on(tmp_path):
+    (tmp_path / "a.csv").write_text('q,a\n"two\nlines",1\n\nx,2\n')
+    records = read_records(str(tmp_path / "a.csv"), "data.train")
+    assert [records.place(i)[-2:] for i in range(2)] == [":2", ":5"]
+    assert records[0] == {"q": "two\nlines", "a": "1"}
+
+
+BROKEN = [
+    ("a.jsonl", b"", "a.jsonl: the file is empty"),
+    ("a.jsonl", b"\n \n", "a.jsonl: no records"),
+    ("a.jsonl", b'{"a": 1}\n{oops}\n', "a.jsonl:2: not JSON: "),
+    ("a.jsonl", b'{"a": 1}\n\n[1]\n', "a.jsonl:3: found [1]; expected an object"),
+    ("a.jsonl", b'[{"a": 1}]\n', 'a.jsonl:1: found [{"a": 1}]; expected an object'),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl:2: not UTF-8: byte 0xff"),
+    ("a.txt", b"fine\n\xe4\n", "a.txt:2: not UTF-8: byte 0xe4"),
+    ("a.csv", b"a,b\n1,2,3\n", "a.csv:2: 3 cells; the first row names 2 columns"),
+    ("a.csv", b"a,b\n1\n", "a.csv:2: 1 cells"),
+    ("a.csv", b"a,a\n1,2\n", "a.csv:1: the column 'a' is there twice"),
+    ("a.csv", b'a\n"never closed\n', "a.csv:2: not CSV: "),
+    ("a.csv", b"a\n\xff\n", "a.csv: not UTF-8: byte 0xff"),
+    ("a.csv", b"a,b\n", "a.csv: no records"),
+    ("a.parquet", b"PAR0 this is none", "a.parquet: not Parquet: "),
+    ("a.json", b"{}", "unknown extension .json; known: .jsonl, .csv, .parquet, .txt"),
+    ("a", b"{}", "unknown extension (none)"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BROKEN)
+def test_a_file_that_cannot_be_used_is_one_line_with_its_place(tmp_path, capfd, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_records(str(tmp_path / name), "data.train")
+    message = str(error.value)
+    assert message.startswith(f"data.train: {tmp_path}/{name}")
+    assert said in message
+    assert "\n" not in message
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("missing.jsonl", "data.train: missing.jsonl: no such file"),
+        ("missing.json", "no such file"),
+        ("no-extension", "no such file"),
+        ("*.jsonl", "no file matches"),
+        (".", "is a folder; name its files, for example ./*.jsonl"),
+        ("there/gone", "no such file"),
+        (["org/name", "org/other"], "a list may hold files only; a hub id stands alone"),
+        ("org/name?splt=train", "unknown parameter splt; known: split, revision, config"),
+        ("org/name?split=", "split is empty"),
+        ("org/name?revision=main&config=de-en&x=1", "unknown parameter x"),
+    ],
+)
+def test_a_source_that_names_nothing_is_told(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DataError) as error:
+        read_records(source, "data.train")
+    assert said in str(error.value)
+
+
+def test_a_hub_id_is_read_from_its_address():
+    full = parse_hub_id("org/name-v1.0?split=train[:10%]&revision=main&config=de-en", "data.train", "train")
+    assert full == HubId("org/name-v1.0", "train[:10%]", "main", "de-en")
+    usual = {split: parse_hub_id("org/name", "data.x", split).split for split in ("train", "valid", "test")}
+    assert usual == {"train": "train", "valid": "validation", "test": "test"}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, capfd):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # a name that does not resolve takes 20 s
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"data\.train: org/name\?split=train: no such file here, nor can"
+    ) as error:
+        read_records("org/name", "data.train")
+    assert "\n" not in str(error.value)
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_hub_data_set_becomes_records(monkeypatch):
+    import datasets
+
+    asked = {}
+    held = datasets.Dataset.from_dict({"id": [1, 2], "translation": [{"de": "Hund"}, {"de": "Kind"}]})
+
+    def load(hub_id, **more):
+        asked.update(more, id=hub_id)
+        return held
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    records = read_records("org/name?config=de-en", "data.valid")
+    assert asked == {"id": "org/name", "name": "de-en", "revision": None, "split": "validation"}
+    assert list(records) == [{"id": i, "translation": {"de": t}} for i, t in ((1, "Hund"), (2, "Kind"))]
+    assert records.place(1) == "org/name?split=validation&config=de-en: record 2"
+
+
+def test_a_changed_file_is_read_again_and_its_identity_changes(tmp_path):
+    path = tmp_path / "a.txt"
+    seen = []
+    for text in ("old\n", "new\n"):
+        path.write_text(text)
+        os.utime(path, ns=(0, len(seen)))
+        records = read_records(str(path), "data.train")
+        seen.append((records[0]["text"], records.identity()))
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "a.txt"
+    moved.write_text("new\n")
+    assert [text for text, _ in seen] == ["old", "new"]
+    assert seen[0][1] != seen[1][1] == read_records(str(moved), "data.train").identity()
+
+
+# --- examples ------------------------------------------------------------------------------------------
+
+
+def test_targets_are_what_the_template_says_and_prompts_too(tmp_path, tokenizer):
+    records = random_records(np.random.default_rng(0), 40)
+    examples = tokenise_split("train", keys(tmp_path, records), tokenizer)
+    assert len(examples) == 40
+    for (prompt, target), record in zip(tokens_of(examples), records, strict=True):
+        assert prompt[0] == tokenizer.bos_token_id
+        assert target[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(prompt[1:]) == f"{record['q']} =>"
+        assert tokenizer.decode(target[:-1]) == f" {record['a']}"
+
+
+def test_a_list_in_the_target_makes_one_example_an_entry(tmp_path, tokenizer):
+    records = [{"q": "x", "refs": ["one", "two"]}, {"q": "y", "refs": ["three"]}]
+    data = keys(tmp_path, RECORDS).model_copy(
+        update={"valid": write_jsonl(tmp_path / "v.jsonl", records), "references": " {refs}"}
+    )
+    examples = tokenise_split("valid", data, tokenizer)
+    assert examples.record_of.tolist() == [0, 0, 1]
+    assert [tokenizer.decode(t[:-1]) for _, t in tokens_of(examples)] == [" one", " two", " three"]
+
+
+@pytest.mark.parametrize("behind", [[], ["[SEP]"], ["</s>"]])
+def test_special_tokens_behind_a_prompt_are_left_out(behind):
+    tokenizer = make_tokenizer(front=["<s>"], behind=behind, bos_token="<s>", eos_token="</s>")
+    encoder = encoder_of(tokenizer)
+    (prompt,) = encoder.prompts(["books </s>"])
+    assert tokenizer.decode(prompt) == "<s>books </s>"  # the last one is the user's own text
+    assert encoder.targets(["a"])[0][-1] == tokenizer.eos_token_id
+
+
+def test_an_empty_prompt_starts_with_bos_or_eos_or_is_refused():
+    for special, start in (
+        ({"bos_token": "<s>", "eos_token": "</s>"}, "<s>"),
+        ({"eos_token": "</s>"}, "</s>"),
+    ):
+        tokenizer = make_tokenizer(**special)
+        assert tokenizer.convert_ids_to_tokens(encoder_of(tokenizer).prompts([""])[0]) == [start]
+    bare = encoder_of(make_tokenizer())
+    assert bare.prompts(["a"])[0]
+    with pytest.raises(DataError, match="neither a bos nor an eos token"):
+        bare.prompts([""])
+    with pytest.raises(DataError, match="nothing is to be learnt"):
+        bare.fit([5], bare.targets([""])[0], 10, "drop")
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_cutting_keeps_bos_the_prompts_end_and_the_whole_target(front):
+    tokenizer = make_tokenizer(front=["<s>"] * front, bos_token="<s>", eos_token="</s>")
+    encoder = encoder_of(tokenizer)
+    prompt, target = encoder.prompts(["abcdefghij"])[0], [7, 8, 9]
+    for max_length in range(front + 3, 16):
+        if max_length - 3 < 1:
+            continue
+        (example,) = encoder.fit(prompt, target, max_length, "cut_prompt")
+        kept = example.ids[: example.prompt_length]
+        assert len(example.ids) == min(max_length, len(prompt) + 3)
+        assert example.ids[example.prompt_length :] == target
+        assert kept[:front] == prompt[:front]
+        assert kept[front:] == prompt[len(prompt) - len(kept) + front :]
+
+
+LONG = [RECORDS[0], {"q": "a" * 200, "a": "b"}, {"q": "q", "a": "b" * 200}, RECORDS[1]]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("error", LONG, r"train.jsonl:2: \d+ tokens, more than data.max_length 96; raise it, or set"),
+        ("cut_prompt", LONG, r"train.jsonl:3: the target has \d+ tokens, which leaves no room"),
+        ("drop", LONG[1:3], r"data.train: all 2 examples are longer than data.max_length"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_made_to_fit_is_told(tmp_path, tokenizer, case, workers):
+    policy, records, said = case
+    data = keys(tmp_path, records, too_long=policy, workers=workers)
+    with pytest.raises(DataError, match=said) as error:
+        tokenise_split("train", data, tokenizer)
+    assert error.value.__cause__ is None
+
+
+def test_the_report_counts_what_was_cut_and_dropped(tmp_path, tokenizer):
+    dropped = tokenise_split("train", keys(tmp_path, LONG, too_long="drop"), tokenizer)
+    assert dropped.record_of.tolist() == [0, 3]
+    assert dropped.report.dropped == 2
+    cut = tokenise_split("train", keys(tmp_path, LONG[:2]), tokenizer).report
+    assert (cut.examples, cut.cut, cut.dropped, cut.lengths[-1]) == (2, 1, 0, 96)
+    assert cut.line() == (
+        f"train: 2 examples, {cut.tokens:,} tokens ({cut.targets:,} targets); lengths 50% {cut.lengths[0]}, "
+        "90% 96, 99% 96, longest 96; 1 prompts cut"
+    )
+
+
+def test_split_loses_nothing_and_every_piece_has_a_start(tmp_path, tokenizer):
+    text = " ".join(WORDS * 20)
+    records = [{"text": text}, {"text": "short"}]
+    data = keys(tmp_path, records, prompt="", target="{text}", too_long="split", max_length=32)
+    examples = tokenise_split("train", data, tokenizer)
+    pieces = tokens_of(examples)
+    joined = [token for _, target in pieces[:-1] for token in target]
+    assert tokenizer.decode(joined) == text + "</s>"
+    assert {prompt for prompt, _ in pieces} == {(tokenizer.bos_token_id,)}
+    assert set(examples.lengths[:-2].tolist()) == {32}
+    assert examples.report.pieces == len(pieces) - 1 == math.ceil(len(joined) / 31)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"prompt": "{qq}"},
+            r"data\.prompt: .*train\.jsonl:1 has no field 'qq'; its fields: q, a; did you mean {q}",
+        ),
+        ({"target": "{b}"}, r"data\.target: .*train\.jsonl:1 has no field 'b'"),
+    ],
+)
+def test_a_template_that_does_not_fit_the_data_is_told(tmp_path, tokenizer, change, said):
+    with pytest.raises(DataError, match=said):
+        tokenise_split("train", keys(tmp_path, **change), tokenizer)
+
+
+def test_a_record_that_disagrees_is_told_with_its_line(tmp_path, tokenizer):
+    records = [*RECORDS, {"q": "x", "answer": "y"}]
+    with pytest.raises(
+        DataError, match=r"data\.target: .*train\.jsonl:24 has no field 'a'; its fields: q, answer"
+    ):
+        tokenise_split("train", keys(tmp_path, records), tokenizer)
+
+
+def test_a_split_that_is_not_named_is_told(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=r"data\.valid: missing"):
+        tokenise_split("valid", keys(tmp_path), tokenizer)
+
+
+def test_tokens_are_made_once_and_again_when_anything_they_depend_on_changes(
+    tmp_path, tokenizer, monkeypatch
+):
+    data = keys(tmp_path)
+    before = tokens_of(tokenise_split("train", data, tokenizer))
+
+    def refuse(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(Recipe, "__call__", refuse)
+    again = make_tokenizer(front=["<s>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    again(["what it was used for", "before"], padding=True, truncation=True, max_length=3)
+    for same in (data, data.model_copy(update={"packing": False})):
+        assert tokens_of(tokenise_split("train", same, again)) == before
+    changes = ({"prompt": "{q}"}, {"target": "{a}"}, {"max_length": 95}, {"too_long": "drop"})
+    for change in changes:
+        with pytest.raises(AssertionError):
+            tokenise_split("train", data.model_copy(update=change), tokenizer)
+    with pytest.raises(AssertionError):
+        tokenise_split("train", data, make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>"))
+    write_jsonl(tmp_path / "train.jsonl", RECORDS[1:])
+    with pytest.raises(AssertionError):
+        tokenise_split("train", data, tokenizer)
+
+
+def test_workers_change_nothing(tmp_path, tokenizer):
+    one = tokenise_split("train", keys(tmp_path, workers=1), tokenizer)
+    other = tmp_path / "other"
+    other.mkdir()
+    two = tokenise_split("train", keys(other, workers=2), tokenizer)
+    assert tokens_of(one) == tokens_of(two)
+
+
+def test_ids_are_mapped_from_disk_not_held(tmp_path, tokenizer):
+    examples = tokenise_split("train", keys(tmp_path), tokenizer)
+    import pyarrow as pa
+
+    held = pa.total_allocated_bytes()
+    view = examples._table.data.column("ids").chunks[0].values
+    assert len(view.to_numpy()) == examples.report.tokens
+    assert pa.total_allocated_bytes() == held
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_only_the_first_rank_of_a_node_tokenises(tmp_path):
+    script = textwrap.dedent("""
+        import sys
+        sys.path.insert(0, "tests")
+        import datasets, torch
+        datasets.disable_progress_bars()
+        from test_data import make_tokenizer
+        from prefix_ds import dist
+        from prefix_ds.config import DataKeys
+        from prefix_ds.data.examples import load_examples
+        from prefix_ds.data.tokenise import Recipe
+        made, recipe = [], Recipe.__call__
+        Recipe.__call__ = lambda self, *a, **k: made.append(1) or recipe(self, *a, **k)
+        with dist.joined_world() as world:
+            data = DataKeys(train=sys.argv[1], prompt="{q}", target="{a}")
+            examples = load_examples("train", data, make_tokenizer(eos_token="</s>"), world)
+            print(world.rank, len(made), len(examples), examples.lengths.sum())
+    """)
+    train = write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
+    common |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, train],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = (rank.communicate(timeout=120)[0].split() for rank in ranks)
+    assert (first[:3], second[:3]) == (["0", "1", "23"], ["1", "0", "23"])
+    assert first[3] == second[3]
+
+
+# --- order ---------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        n, size, epochs = int(rng.integers(1, 50)), int(rng.integers(1, 60)), int(rng.integers(1, 5))
+        order = Order(n, TrainKeys(epochs=epochs, global_batch_size=size, seed=int(rng.integers(9))))
+        stream = np.concatenate([order.batch(step) for step in range(order.num_steps)])
+        assert len(stream) == epochs * n
+        for epoch in stream.reshape(epochs, n):
+            assert sorted(epoch.tolist()) == list(range(n))
+
+
+def test_seeds_and_epochs_have_different_orders_and_a_step_has_no_history():
+    def batch(seed, step, n=100):
+        return Order(n, TrainKeys(epochs=9, global_batch_size=10, seed=seed)).batch(step).tolist()
+
+    orders = [tuple(batch(seed, 10 * epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+    walked = Order(100, TrainKeys(epochs=9, global_batch_size=10))
+    assert [walked.batch(step).tolist() for step in range(60)][57] == batch(0, 57)
+    assert batch(0, 0) == [
+        97,
+        14,
+        7,
+        62,
+        90,
+        44,
+        69,
+        98,
+        65,
+        68,
+    ]  # what older versions drew: their runs can go on
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps", "last"),
+    [
+        (1, None, 8, 2),
+        (0.5, None, 4, 3),
+        (0.1, None, 1, 3),
+        (2, None, 15, 4),
+        (1, 3, 3, 4),
+        (1, 0, 0, 0),
+        (1, 9, 9, 4),
+    ],
+)
+def test_the_last_step_is_where_the_epochs_end(epochs, max_steps, steps, last):
+    order = Order(30, TrainKeys(epochs=epochs, max_steps=max_steps, global_batch_size=4))
+    assert order.num_steps == steps
+    assert steps == 0 or len(order.batch(steps - 1)) == last
+    with pytest.raises(IndexError):
+        order.batch(steps)
+
+
+# --- packing -------------------------------------------------------------------------------------------
+
+
+def random_lengths(rng):
+    max_length = int(rng.integers(2, 300))
+    count = int(rng.integers(1, 120))
+    return rng.integers(2, max_length + 1, size=count).tolist(), max_length
+
+
+def test_plans_hold_every_example_once_within_all_limits():
+    rng = np.random.default_rng(2)
+    for _ in range(150):
+        lengths, max_length = random_lengths(rng)
+        limits = packing.Limits(max_length, max_length + int(rng.integers(0, 900)), bool(rng.integers(2)))
+        shares = packing.plan(lengths, limits, int(rng.integers(1, 9)))
+        rows = [row for share in shares for batch in share for row in batch]
+        assert sorted(e for row in rows for e in row) == list(range(len(lengths)))
+        assert all(sum(lengths[e] for e in row) <= max_length for row in rows)
+        assert limits.packing or all(len(row) == 1 for row in rows)
+        assert len({len(share) for share in shares}) == 1
+        for batch in (batch for share in shares for batch in share if batch):
+            widest = max(sum(lengths[e] for e in row) for row in batch)
+            assert len(batch) * widest <= limits.micro_batch_tokens
+
+
+def test_ranks_have_nearly_the_same_number_of_tokens():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        lengths, max_length = random_lengths(rng)
+        shares = packing.plan(lengths, packing.Limits(max_length, 4 * max_length), int(rng.integers(1, 9)))
+        rows = [[sum(lengths[e] for e in row) for batch in share for row in batch] for share in shares]
+        loads = [sum(each) for each in rows]
+        assert max(loads) - min(loads) <= max(max(each, default=0) for each in rows)
+
+
+def test_rows_are_as_few_as_best_fit_and_hardly_padded():
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(10, 200, size=1000).tolist()
+    ((batch,),) = packing.plan(lengths, packing.Limits(512, 10**9), 1)
+    widths = [sum(lengths[e] for e in row) for row in batch]
+    assert len(batch) <= 1.02 * sum(lengths) / 512 + 1
+    assert sum(widths) / (len(widths) * max(widths)) > 0.98
+
+
+# --- batches -------------------------------------------------------------------------------------------
+
+
+def documents(share: Share):
+    """The (ids, target positions) of every document with a target, and all of the batch's laws on the way."""
+    found = []
+    for batch in share.micro_batches:
+        B, T = batch.ids_BT.shape
+        flat, positions = batch.ids_BT.flatten().tolist(), batch.positions_BT.flatten().tolist()
+        targets = dict(zip(batch.target_index_M.tolist(), batch.target_ids_M.tolist(), strict=True))
+        assert all(flat[place + 1] == token for place, token in targets.items())
+        assert all(positions[row * T] == 0 for row in range(B))
+        starts = [*(p for p, position in enumerate(positions) if position == 0), B * T]
+        for start, end in itertools.pairwise(starts):
+            assert positions[start:end] == list(range(end - start))
+            inside = [place + 1 - start for place in range(start, end) if place in targets]
+            assert all(0 < place < end - start for place in inside)
+            if inside:
+                found.append((tuple(flat[start:end]), tuple(inside)))
+        assert batch.num_tokens == sum(len(ids) for ids, _ in found) or len(share.micro_batches) > 1
+    return found
+
+
+@pytest.mark.parametrize("packing_on", [True, False])
+def test_a_global_batch_is_the_same_at_any_world_size(tmp_path, tokenizer, packing_on):
+    data = keys(tmp_path, random_records(np.random.default_rng(5), 60), packing=packing_on)
+    examples = tokenise_split("train", data, tokenizer)
+    train = TrainKeys(epochs=2, global_batch_size=25, micro_batch_tokens=200)
+    expected = [
+        (prompt + target, tuple(range(len(prompt), len(prompt + target))))
+        for prompt, target in tokens_of(examples)
+    ]
+    for step in range(Stream(examples, data, train, world()).num_steps):
+        wanted = Counter(expected[i] for i in Order(60, train).batch(step))
+        for size in (1, 2, 4, 8):
+            shares = [Stream(examples, data, train, world(rank, size)).share(step) for rank in range(size)]
+            assert sum((Counter(documents(share)) for share in shares), Counter()) == wanted
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            assert {share.global_targets for share in shares} == {
+                sum(len(t) * n for (_, t), n in wanted.items())
+            }
+            assert {share.global_tokens for share in shares} == {
+                sum(len(i) * n for (i, _), n in wanted.items())
+            }
+            tokens = sum(batch.num_tokens for share in shares for batch in share.micro_batches)
+            assert tokens == shares[0].global_tokens
+            assert shares[0].num_examples == sum(wanted.values())
+
+
+def test_a_share_depends_on_its_step_alone(tmp_path, tokenizer):
+    examples = tokenise_split("train", keys(tmp_path), tokenizer)
+    train = TrainKeys(epochs=3, global_batch_size=7, micro_batch_tokens=200)
+    walked = Stream(examples, keys(tmp_path), train, world(1, 2))
+    for step in range(walked.num_steps):
+        fresh = Stream(examples, keys(tmp_path), train, world(1, 2)).share(step)
+        for ours, theirs in zip(walked.share(step).micro_batches, fresh.micro_batches, strict=True):
+            for name in ("ids_BT", "positions_BT", "target_index_M", "target_ids_M"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    from prefix_ds.data import formats
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", path)
+        yield
+
+    monkeypatch.setitem(formats.FORMATS, ".txt", refused)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"data\.train: \[Errno 13\] Permission denied: .*a\.txt"):
+        read_records(str(tmp_path / "a.txt"), "data.train")
+
+
+def test_a_rank_without_work_runs_empty_micro_batches(tmp_path, tokenizer):
+    data = keys(tmp_path, RECORDS[:3])
+    examples = tokenise_split("train", data, tokenizer)
+    train = TrainKeys(epochs=1, global_batch_size=8, micro_batch_tokens=96)
+    shares = [Stream(examples, data, train, world(rank, 8)).share(0) for rank in range(8)]
+    idle = [share for share in shares if not documents(share)]
+    assert len(idle) == 5
+    for share in idle:
+        (batch,) = share.micro_batches
+        assert (batch.ids_BT.shape, len(batch.target_ids_M), batch.num_tokens) == ((1, 2), 0, 0)
+
+
+def test_padding_is_a_document_of_its_own():
+    ids = {0: np.array([5, 6, 7], np.int32), 1: np.array([8, 9], np.int32), 2: np.array([4, 3], np.int32)}
+    batch = collate([[0, 1], [2]], ids, [2, 1, 1], pad_id=0)
+    assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch.target_index_M.tolist() == [0, 1, 3, 5]
+    assert batch.target_ids_M.tolist() == [6, 7, 9, 3]
+    assert batch.num_tokens == 7
+
+
+def test_a_sweep_shows_every_example_once_at_any_world_size(tmp_path, tokenizer):
+    data = keys(tmp_path, random_records(np.random.default_rng(6), 200))
+    examples = tokenise_split("train", data, tokenizer)
+    train = TrainKeys(micro_batch_tokens=96)
+    wanted = Counter(prompt + target for prompt, target in tokens_of(examples))
+    for size in (1, 2, 3):
+        sweeps = [list(Sweep(examples, data, train, world(rank, size))) for rank in range(size)]
+        assert len(sweeps[0]) == len(Sweep(examples, data, train, world(0, size))) > 1
+        for shares in zip(*sweeps, strict=True):
+            assert len({len(share.micro_batches) for share in shares}) == 1
+        seen = Counter(ids for sweep in sweeps for share in sweep for ids, _ in documents(share))
+        assert seen == wanted
+        assert sum(share.global_targets for share in sweeps[0]) == examples.report.targets
+
+
+# --- prompts -------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_what_training_put_in_front_of_the_targets(tmp_path, tokenizer):
+    data = keys(tmp_path)
+    trained = [prompt for prompt, _ in tokens_of(tokenise_split("train", data, tokenizer))]
+    prompts = read_prompts(data.train, "data.test", data, tokenizer, 96, references=True)
+    assert [prompt.ids for prompt in prompts] == trained
+    assert [prompt.references for prompt in prompts] == [(f" {record['a']}",) for record in RECORDS]
+    assert [prompt.record for prompt in prompts] == RECORDS
+    assert prompt_of_text(prompts[3].text, tokenizer, 96).ids == trained[3]
+
+
+def test_prompts_need_no_references_and_lose_their_start_when_long(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "in.jsonl", [{"q": "abc" * 50}])
+    (prompt,) = read_prompts(path, "--input", keys(tmp_path), tokenizer, 20, references=False)
+    assert (len(prompt.ids), prompt.ids[0], prompt.was_cut) == (20, tokenizer.bos_token_id, True)
+    assert prompt.references == ()
+    with pytest.raises(DataError, match=r"in\.jsonl:1: the prompt is longer than 20 tokens"):
+        read_prompts(path, "--input", keys(tmp_path, too_long="error"), tokenizer, 20, references=False)
+    with pytest.raises(DataError, match=r"data\.target: .*in\.jsonl:1 has no field 'a'"):
+        read_prompts(path, "--input", keys(tmp_path), tokenizer, 20, references=True)
+
+
+# --- real data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SHARED / "e2e").exists(), reason="needs ../shared/data/e2e")
+def test_the_e2e_data_set_becomes_examples(tokenizer):
+    data = DataKeys.model_validate(
+        {
+            "train": str(SHARED / "e2e" / "train.jsonl"),
+            "valid": str(SHARED / "e2e" / "valid.jsonl"),
+            "prompt": "{mr}\n",
+            "target": " {ref}",
+            "references": " {refs}",
+            "max_length": 512,
+        }
+    )
+    train, valid = (tokenise_split(split, data, tokenizer) for split in ("train", "valid"))
+    assert (len(train), train.report.cut) == (4298, 0)
+    prompts = read_prompts(data.valid, "data.valid", data, tokenizer, 512, references=True)
+    assert len(prompts) == 47
+    assert sum(len(prompt.references) for prompt in prompts) == len(valid) > 300
+
+
+def test_load_examples_is_the_same_in_a_group_of_one(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    data = keys(tmp_path)
+    with dist.joined_world() as alone:
+        loaded = load_examples("train", data, tokenizer, alone)
+    assert tokens_of(loaded) == tokens_of(tokenise_split("train", data, tokenizer))
