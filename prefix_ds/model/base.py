@@ -42,4 +42,15 @@ def switch_attention(base: Any, choice: AttentionChoice) -> None:
         )
     stock = base.config.get_text_config(decoder=True)._attn_implementation
     over_own = choice == "eager" or (choice == "auto" and stock in ("eager", OVER_OWN))
-    base.set_attn_implementation(OVER_OWN if over_own else OVER_SDPA)
+    ours = OVER_OWN if over_own else OVER_SDPA
+    base.set_attn_implementation(ours)
+    if base.config.get_text_config(decoder=True)._attn_implementation != ours:
+        raise no_attention_to_join(base)  # transformers has logged a warning and changed nothing
+
+
+def no_attention_to_join(base: Any) -> ModelError:
+    """The error for a base that our attention functions never hear of."""
+    return ModelError(
+        f"{base.config.model_type} cannot take a prefix: its layers never call the attention functions that "
+        "transformers lets others register (it has attention code of its own, or no attention)"
+    )

@@ -9,16 +9,16 @@ Knows nothing of sharding, optimizers or files.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_ds.data.batch import Batch
-from prefix_ds.errors import ModelError
 from prefix_ds.model import decoding
 from prefix_ds.model.attention import Joint, documents_of
-from prefix_ds.model.base import AttentionChoice, family_of, silence, switch_attention
+from prefix_ds.model.base import AttentionChoice, family_of, no_attention_to_join, silence, switch_attention
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.positions import positions_of
 from prefix_ds.model.recompute import Recomputation
@@ -72,9 +72,8 @@ class PrefixLM:
         lines = []
         if not self._findings.means_text:
             lines.append(
-                f"{self.family}: a prefix is not the same as text in front: something besides attention "
-                f"carries text along and never sees the prefix ({len(self.slots)} places for it in "
-                f"{num_layers} layers)"
+                f"{self.family}: a prefix is not quite a text in front, as more than keys and values goes "
+                f"from token to token ({len(self.slots)} places for a prefix in {num_layers} layers)"
             )
         if not self.can_pack:
             lines.append(f"{self.family}: documents in one row would see each other: each needs its own row")
@@ -87,14 +86,19 @@ class PrefixLM:
         without targets costs a forward and a backward pass like any other, so that all ranks make the same
         collective calls, and gives zeros. Every rank calls this.
         """
+        if len(batch.target_ids_M) == 0:
+            any_M = batch.ids_BT.new_zeros(1)
+            return 0.0 * self.loss(replace(batch, target_index_M=any_M, target_ids_M=any_M), table_PD, slots)
+        return summed_nll(self.logits(batch, table_PD, slots), batch.target_ids_M)
+
+    def logits(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
+        """The logits [M, V] of the batch's targets, behind the prefix or none. Every rank calls this."""
         self._attach(table_PD, slots)
-        index_M, ids_M = batch.target_index_M, batch.target_ids_M
-        is_empty = len(index_M) == 0
-        if is_empty:
-            index_M = ids_M = torch.zeros(1, dtype=torch.long, device=batch.ids_BT.device)
-        length = _length(table_PD)
-        logits_MV = self._logits(batch.ids_BT, batch.positions_BT + length, length, index_M)
-        return summed_nll(logits_MV, ids_M) * (0.0 if is_empty else 1.0)
+        positions_BT = batch.positions_BT + _length(table_PD)
+        logits_MV = self._logits(batch.ids_BT, positions_BT, batch.target_index_M)
+        if isinstance(self._joint.source, Given):
+            self._joint.source.check_seen()
+        return logits_MV
 
     @torch.no_grad()
     def keys_values_of(self, ids_BT: Tensor, slots: Sequence[Slot]) -> list[KeyValue]:
@@ -105,7 +109,7 @@ class PrefixLM:
         self.detach()
         recorder = self._joint.source = Recorder()
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        self._logits(ids_BT, positions_BT, 0, positions_BT[0, :1])
+        self._logits(ids_BT, positions_BT, positions_BT[0, :1])
         self.detach()
         return [recorder.seen[slot.name] for slot in slots]
 
@@ -138,9 +142,9 @@ class PrefixLM:
             top_p=top_p,
         )
         ids_BT, mask_BT = decoding.left_padded(prompts, pad_id, self.device)
-        length = _length(table_PD)
+        positions_BT = decoding.positions_of(mask_BT) + _length(table_PD)
         with self.prefixed(table_PD, slots), decoding.only(self.base, settings):
-            told = self._positions.told(decoding.positions_of(mask_BT) + length, length)
+            told = self._positions.told(positions_BT)
             rows = self.base.generate(ids_BT, attention_mask=mask_BT, synced_gpus=synced, **told)
         return decoding.cut(rows[:, ids_BT.shape[1] :], eos_ids)
 
@@ -163,25 +167,24 @@ class PrefixLM:
         if table_PD is not None:
             self._joint.source = Given(table_PD.to(self._findings.dtype), slots)
 
-    def _logits(self, ids_BT: Tensor, positions_BT: Tensor, start: int, index_M: Tensor) -> Tensor:
+    def _logits(self, ids_BT: Tensor, positions_BT: Tensor, index_M: Tensor) -> Tensor:
         """The logits [M, V] at some places of the flattened rows, each of one or several documents."""
         self._joint.documents_BT = documents_of(positions_BT)
-        told = self._positions.told(positions_BT, start)
+        told = self._positions.told(positions_BT)
         again = self._recomputation.on() if self._recomputation and torch.is_grad_enabled() else nullcontext()
-        with self._selection.of(index_M), again:
-            return self._selection.selected(self.base(input_ids=ids_BT, use_cache=False, **told).logits)
+        with again:
+            return self._selection.logits(
+                index_M, lambda: self.base(input_ids=ids_BT, use_cache=False, **told).logits
+            )
 
     @torch.no_grad()
     def _tried(self) -> Findings:
         trial = Trial(self.device)
         self._joint.source = trial
-        logits_MV = self._logits(trial.ids_BT, trial.positions_BT, trial.length, trial.text_index_M)
+        logits_MV = self._logits(trial.ids_BT, trial.positions_BT, trial.text_index_M)
         self.detach()
         if not trial.slots:
-            raise ModelError(
-                f"{self.family} cannot take a prefix: its layers never call the attention functions that "
-                "transformers lets others register (it has attention code of its own, or no attention)"
-            )
+            raise no_attention_to_join(self.base)
         return trial.findings(logits_MV)
 
 

@@ -1,7 +1,7 @@
 """How a base is told the positions of its tokens, which start after the prefix.
 
 Most take `position_ids`. Decoders that stem from BART have no such argument, but a module `embed_positions`
-that does; the musical ones know only how many tokens came before. Which it is, is read off the signatures.
+that does; which it is, is read off the signatures.
 
 Knows nothing of attention or of what is trained.
 """
@@ -18,11 +18,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Positions(Protocol):
     """A way of telling positions."""
 
-    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
-        """Arguments for the forward pass that follows, or for a generation that starts with it.
-
-        `start` is the smallest of the positions: the prefix's length.
-        """
+    def told(self, positions_BT: Tensor) -> dict[str, Tensor]:
+        """Arguments for the forward pass that follows, or for a generation that starts with it."""
         ...
 
     def forget(self) -> None:
@@ -35,13 +32,11 @@ def positions_of(base: nn.Module) -> Positions:
     embeddings = [
         module
         for name, module in base.named_modules()
-        if name.endswith("embed_positions") and "encoder" not in name.split(".")
+        if name.endswith("embed_positions") and "position_ids" in _parameters(module)
     ]
-    if not embeddings or "position_ids" in _parameters(base):
-        return ByArgument(_first_position(base))
-    if all("position_ids" in _parameters(module) for module in embeddings):
+    if embeddings and "position_ids" not in _parameters(base):
         return ByEmbedding(embeddings)
-    return ByLength(embeddings)
+    return ByArgument(_first_position(base))
 
 
 def _parameters(module: nn.Module) -> set[str]:
@@ -61,7 +56,7 @@ class ByArgument:
     def __init__(self, first: int) -> None:
         self._first = first
 
-    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
+    def told(self, positions_BT: Tensor) -> dict[str, Tensor]:
         """The positions, counted from the base's first."""
         return {"position_ids": positions_BT + self._first}
 
@@ -78,7 +73,7 @@ class ByEmbedding:
             module.register_forward_pre_hook(self._replace, with_kwargs=True)
             module.register_forward_hook(self._reshape)
 
-    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
+    def told(self, positions_BT: Tensor) -> dict[str, Tensor]:
         """Nothing to pass: the hooks know."""
         self._told_BT = positions_BT
         return {}
@@ -99,27 +94,6 @@ class ByEmbedding:
         if self._told_BT is None:
             return None
         return embedded.view(*_shape(args[0]), -1)
-
-
-class ByLength:
-    """As a number of tokens that came before: the same for all rows, so documents cannot share a row."""
-
-    def __init__(self, embeddings: list[nn.Module]) -> None:
-        self._start = 0
-        for module in embeddings:
-            module.register_forward_pre_hook(self._shift, with_kwargs=True)
-
-    def told(self, positions_BT: Tensor, start: int) -> dict[str, Tensor]:
-        """Nothing to pass: the hook knows."""
-        self._start = start
-        return {}
-
-    def forget(self) -> None:
-        """Positions start at 0 again."""
-        self._start = 0
-
-    def _shift(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:
-        return args[:1], options | {"past_key_values_length": _past(args, options) + self._start}
 
 
 def _shape(tokens: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ Knows nothing of prefixes.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +31,7 @@ class Recomputation:
 
         Raises ModelError where no layer can be computed again.
         """
-        self._layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._layers = _outermost(base)
         if not self._layers:
             raise ModelError(
                 f"model.recompute: true, but {type(base).__name__} has no layers that can be computed again; "
@@ -52,3 +53,10 @@ class Recomputation:
     def _switch(self, on: bool) -> None:
         for layer in self._layers:
             layer.training = layer.gradient_checkpointing = on
+
+
+def _outermost(module: nn.Module) -> list[Any]:
+    """The layers that are not inside another, which is repeated when the switch is off again."""
+    if isinstance(module, GradientCheckpointingLayer):
+        return [module]
+    return [layer for child in module.children() for layer in _outermost(child)]

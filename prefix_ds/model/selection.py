@@ -6,8 +6,7 @@ logits afterwards (a soft cap, a scale) still happens, to the selected ones.
 Knows nothing of targets or of losses.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,26 +17,23 @@ class Selection:
 
     def __init__(self, output_layer: nn.Module | None) -> None:
         """Without an output layer, logits are selected afterwards."""
-        self._index_M: Tensor | None = None
-        self._done = False
+        self._wanted_M: Tensor | None = None
         if output_layer is not None:
             output_layer.register_forward_pre_hook(self._select)
 
-    @contextmanager
-    def of(self, index_M: Tensor) -> Iterator[None]:
-        """Forward passes inside compute the logits of these places."""
-        self._index_M, self._done = index_M, False
+    def logits(self, index_M: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        """The logits [M, V] at these places, out of a forward pass."""
+        self._wanted_M = index_M
         try:
-            yield
+            logits = forward()
+            missed_M = self._wanted_M
         finally:
-            self._index_M = None
+            self._wanted_M = None
+        return logits[0] if missed_M is None else logits.flatten(0, 1).index_select(0, missed_M)
 
     def _select(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._index_M is None:
+        wanted_M = self._wanted_M
+        if wanted_M is None or args[0].dim() != 3:
             return None
-        self._done = True
-        return args[0].flatten(0, 1)[self._index_M][None], *args[1:]
-
-    def selected(self, logits: Tensor) -> Tensor:
-        """The logits [M, V] among those the base gave: [1, M, V], or [B, T, V] without an output layer."""
-        return logits[0] if self._done else logits.flatten(0, 1)[self._index_M]
+        self._wanted_M = None
+        return args[0].flatten(0, 1).index_select(0, wanted_M)[None], *args[1:]

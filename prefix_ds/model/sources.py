@@ -22,9 +22,19 @@ class Given:
             for slot, (key_NPH, value_NPH) in zip(slots, keys_values_of(table_PD, slots), strict=True)
         }
 
+        self._unseen = set(self._fronts)
+
     def front(self, slot: str, key_BNTH: Tensor, value_BNTH: Tensor) -> Front | None:
         """The slot's keys and values, if there are any."""
+        self._unseen.discard(slot)
         return self._fronts.get(slot)
+
+    def check_seen(self) -> None:
+        """Raises RuntimeError where a slot was not asked for: nothing would see the prefix there."""
+        if self._unseen:
+            raise RuntimeError(
+                f"the prefix was not seen at {sorted(self._unseen)[0]}: its attention was exchanged"
+            )
 
 
 class Recorder:

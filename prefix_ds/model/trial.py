@@ -41,8 +41,6 @@ class Findings:
 class Trial:
     """A source of prefixes that takes them from the first row, and takes notes."""
 
-    length = _LENGTH
-
     def __init__(self, device: torch.device) -> None:
         before, text, other = torch.arange(3 * _LENGTH, device=device).remainder(_VOCABULARY).view(3, _LENGTH)
         count = torch.arange(2 * _LENGTH, device=device)
