@@ -3,7 +3,7 @@
 from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
-from prefix_ds.tracking.progress import CONSOLE, Progress, progress
+from prefix_ds.tracking.progress import CONSOLE, Progress, progress_bar
 from prefix_ds.tracking.sync import sync_run
 from prefix_ds.tracking.tracker import SilentTracker, Status, Tracker, open_tracker
 
@@ -20,7 +20,7 @@ __all__ = [
     "masked",
     "open_tracker",
     "process_tags",
-    "progress",
+    "progress_bar",
     "read_metrics",
     "sync_run",
 ]

@@ -49,6 +49,8 @@ class Facts:
     datasets: tuple[DatasetFacts, ...] = ()
     started: float = field(default_factory=time.time)
     uid: str = field(default_factory=lambda: uuid.uuid4().hex)
+    status: str = ""  # how the run ended, in MLflow's words; empty while it has not
+    ended: float = 0  # unix seconds
 
 
 def write_facts(run: Path, facts: Facts, goes_on: bool) -> None:
@@ -56,7 +58,12 @@ def write_facts(run: Path, facts: Facts, goes_on: bool) -> None:
     if goes_on and (run / _FILE).exists():
         first = read_facts(run)
         facts = replace(facts, uid=first.uid, started=first.started)
-    write_text_atomically(run / _FILE, json.dumps(_without_secrets(asdict(facts)), indent=1) + "\n")
+    _write(run, facts)
+
+
+def write_end(run: Path, status: str) -> None:
+    """Adds how the run ended to its facts. Raises RunError."""
+    _write(run, replace(read_facts(run), status=status, ended=time.time()))
 
 
 def read_facts(run: Path) -> Facts:
@@ -84,6 +91,10 @@ def process_tags(argv: Sequence[str]) -> dict[str, str]:
     if user := _user():
         tags["mlflow.user"] = user
     return tags
+
+
+def _write(run: Path, facts: Facts) -> None:
+    write_text_atomically(run / _FILE, json.dumps(_without_secrets(asdict(facts)), indent=1) + "\n")
 
 
 def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:

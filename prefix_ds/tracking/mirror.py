@@ -11,7 +11,6 @@ status is what the trainer said before; FAILED if it said nothing, as when it wa
 Knows nothing of training.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -24,9 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefix_ds.errors import RunError
 from prefix_ds.tracking.masking import masked
-from prefix_ds.tracking.state import forget_state, note_status, only_writer
+from prefix_ds.tracking.state import forget_state, only_writer
 
 if TYPE_CHECKING:
     from prefix_ds.tracking.mlflow_run import MlflowRun
@@ -78,14 +76,13 @@ class Mirror:
         """Asks the server nothing yet."""
         self._run, self._machine, self._trainer = run, machine, trainer
         self._failures = 0
+        self._told_run = ""
         self._next_files = 0.0
 
     def follow(self) -> None:
         """Returns when the trainer has ended and the server knows everything."""
         while not self._trainer.has_ended.is_set():
             self._trainer.has_ended.wait(self._try(self._catch_up))
-        with contextlib.suppress(RunError):
-            self._run.note_status(self._trainer.status)
         while True:
             self._try(self._finish)
             if not self._failures:
@@ -107,7 +104,7 @@ class Mirror:
         return _POLL_SECONDS
 
     def _catch_up(self) -> None:
-        self._run.open()
+        self._open()
         for _ in self._run.send_metrics():
             if self._trainer.has_ended.is_set():
                 return
@@ -117,12 +114,18 @@ class Mirror:
             self._run.send_files(is_last=False)
             self._next_files = time.monotonic() + _FILES_SECONDS
 
-    def _finish(self) -> None:
+    def _open(self) -> None:
         self._run.open()
+        if self._run.run_id != self._told_run:
+            log.info("MLflow: %s", self._run.address)
+        self._told_run = self._run.run_id
+
+    def _finish(self) -> None:
+        self._open()
         for _ in self._run.send_metrics():
             pass
         self._run.send_files(is_last=True)
-        self._run.send_status()
+        self._run.send_status(self._trainer.status)
 
 
 class _Machine:
@@ -165,13 +168,11 @@ def main() -> int:
         return _INCOMPLETE
     uri, patience = trainer.wishes["uri"], trainer.wishes["patience_seconds"]
     _log_to_stdout(uri)
-    threading.Thread(target=_end_in_time, args=(run, trainer, patience), daemon=True).start()
+    threading.Thread(target=_end_in_time, args=(trainer, patience), daemon=True).start()
     try:
         with only_writer(run, patience_seconds=patience + 10):  # a killed trainer's mirror may still be there
             if trainer.wishes["is_new"]:
                 forget_state(run)
-            else:
-                note_status(run, "")  # it has not ended any more
             _follow(run, uri, trainer)
     except Exception as error:
         log.error("MLflow gets nothing more: %s", _short(error))
@@ -186,11 +187,10 @@ def _follow(run: Path, uri: str, trainer: Trainer) -> None:
     Mirror(MlflowRun(run, uri), _Machine(uri), trainer).follow()
 
 
-def _end_in_time(run: Path, trainer: Trainer, patience_seconds: float) -> None:
+def _end_in_time(trainer: Trainer, patience_seconds: float) -> None:
     """Ends this process at the latest `patience_seconds` after the trainer."""
     trainer.watch()
     time.sleep(patience_seconds)
-    note_status(run, trainer.status)
     os._exit(_INCOMPLETE)
 
 
@@ -212,7 +212,7 @@ def _log_to_stdout(uri: str) -> None:
 
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -23,6 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from prefix_ds.tracking.facts import DatasetFacts, read_facts
 from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.metrics import FILE as METRICS_FILE
 from prefix_ds.tracking.metrics import MetricsReader, Record
 from prefix_ds.tracking.state import read_state, write_state
 
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 UID_TAG = "prefix_ds.uid"
 _BATCH = 1000  # metrics a request, MLflow's limit
-_TEXTS = ("run.yaml", "deepspeed.json", "facts.json", "metrics.jsonl")  # sent masked
-_REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+_TEXTS = ("run.yaml", "deepspeed.json", "facts.json", METRICS_FILE)  # sent masked
 _GONE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+_REFUSED = _GONE | {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "ENDPOINT_NOT_FOUND"}
 
 
 class MlflowRun:
@@ -52,6 +52,13 @@ class MlflowRun:
     def run_id(self) -> str:
         """MLflow's name of the run; empty before `open`."""
         return self._state.run_id
+
+    @property
+    def address(self) -> str:
+        """Where to look at the run: a page of the server, or the database's URI."""
+        state = self._state
+        page = f"#/experiments/{state.experiment_id}/runs/{state.run_id}"
+        return f"{state.uri.rstrip('/')}/{page}" if state.uri.startswith("http") else state.uri
 
     def open(self) -> None:
         """Finds the run on the server or makes it, and tells it what it is. Does nothing when open."""
@@ -95,7 +102,7 @@ class MlflowRun:
     def send_files(self, is_last: bool) -> None:
         """Sends the files that changed: those of the prefix, and at the end metrics.jsonl too."""
         prefix = self._folder / "prefix"
-        files = [self._folder / name for name in _TEXTS if is_last or name != "metrics.jsonl"]
+        files = [self._folder / name for name in _TEXTS if is_last or name != METRICS_FILE]
         files += sorted(p for p in prefix.glob("*") if not p.name.startswith(".") and p.is_file())
         for path in filter(Path.is_file, files):
             name = path.relative_to(self._folder).as_posix()
@@ -106,15 +113,11 @@ class MlflowRun:
                 self._state.files[name] = version
                 self._save()
 
-    def note_status(self, status: str) -> None:
-        """Keeps how the run ended, also if the server never hears of it."""
-        self._state.status, self._state.ended = status, time.time()
-        self._save()
-
-    def send_status(self) -> None:
-        """Tells the server how the run ended; FAILED if nobody could say."""
-        status = self._state.status or "FAILED"
-        self._client.set_terminated(self.run_id, status, _milliseconds(self._state.ended or time.time()))
+    def send_status(self, otherwise: str) -> None:
+        """Tells the server how the run ended: as its facts say, or `otherwise` if they do not."""
+        facts = read_facts(self._folder)
+        ended = facts.ended or (self._folder / METRICS_FILE).stat().st_mtime
+        self._client.set_terminated(self.run_id, facts.status or otherwise, _milliseconds(ended))
 
     def _known_run(self) -> Run | None:
         if not self._state.run_id:
@@ -145,11 +148,9 @@ class MlflowRun:
     def _new_run(self) -> Run:
         facts = self._facts
         tags = {UID_TAG: facts.uid}
-        run = self._client.create_run(
+        return self._client.create_run(
             self._experiment_id(), _milliseconds(facts.started), tags, run_name=facts.name
         )
-        self._client.log_inputs(run.info.run_id, [_dataset_input(d) for d in facts.datasets])
-        return run
 
     def _experiment_id(self) -> str:
         name = self._facts.experiment
@@ -167,10 +168,26 @@ class MlflowRun:
         wanted = {_key(name): _cut(value, 6000) for name, value in self._facts.params.items()}
         new = [Param(name, value) for name, value in wanted.items() if name not in told]
         changed = {f"now.{name}": v for name, v in wanted.items() if name in told and told[name] != v}
-        tags = [RunTag(_key(n), _cut(v, 5000)) for n, v in (self._facts.tags | changed).items()]
-        self._client.log_batch(self.run_id, params=new, tags=tags)
-        if not self._state.status and found.info.status != "RUNNING":  # it goes on
+        tags = {_key(name): _cut(value, 5000) for name, value in (self._facts.tags | changed).items()}
+        self._tell("parameters", params=new)
+        self._tell("tags", tags=[RunTag(name, value) for name, value in tags.items()])
+        if self._facts.datasets and not found.inputs.dataset_inputs:
+            self._tell("data sets", datasets=[_dataset_input(d) for d in self._facts.datasets])
+        if found.info.status != "RUNNING":  # it goes on
             self._client.update_run(self.run_id, status="RUNNING")
+
+    def _tell(
+        self, what: str, datasets: Sequence[DatasetInput] = (), **batch: Sequence[Param | RunTag]
+    ) -> None:
+        try:
+            if datasets:
+                self._client.log_inputs(self.run_id, datasets)
+            else:
+                self._client.log_batch(self.run_id, **batch)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            log.warning("MLflow refuses the %s of this run: %s", what, error)
 
     def _not_sent(self, records: Iterable[Record]) -> list[Metric]:
         """The values of records that the server has not confirmed."""
@@ -187,12 +204,12 @@ class MlflowRun:
         plain = [Metric(_key(m.key), m.value, m.timestamp, m.step) for m in metrics]
         try:
             self._client.log_batch(self.run_id, plain)
-        except MlflowException as error:
-            if error.error_code in _GONE | _REFUSED and self._live_run(self.run_id) is None:
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            if self._live_run(self.run_id) is None:
                 self._is_open = False  # deleted meanwhile: `open` makes another
                 self._forget()
-                raise
-            if error.error_code not in _REFUSED:
                 raise
             self._send_one_by_one(plain)
         self._state.sent |= {m.key: m.step for m in metrics}
@@ -201,8 +218,8 @@ class MlflowRun:
         for metric in metrics:
             try:
                 self._client.log_batch(self.run_id, [metric])
-            except MlflowException as error:
-                if error.error_code not in _REFUSED:
+            except Exception as error:
+                if not _is_refusal(error):
                     raise
                 log.warning("MLflow refuses %s of step %d: %s", metric.key, metric.step, error)
 
@@ -232,13 +249,19 @@ def _dataset_input(facts: DatasetFacts) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", facts.context)])
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether asking again is of no use: said by the server, or by the client that packs the request."""
+    return getattr(error, "error_code", None) in _REFUSED or isinstance(error, ValueError | TypeError)
+
+
 def _milliseconds(seconds: float) -> int:
     return int(seconds * 1000)
 
 
 def _key(name: str) -> str:
-    """A name that MLflow takes."""
-    return re.sub(r"[^\w./ :-]", "_", name)[:250]
+    """A name that MLflow takes: few characters, and none that means another place as a path."""
+    plain = re.sub(r"[^\w./ :-]", "_", name)[:250]
+    return "/".join(part for part in plain.split("/") if part.strip(".")) or "_"
 
 
 def _cut(text: str, limit: int) -> str:
@@ -247,10 +270,8 @@ def _cut(text: str, limit: int) -> str:
 
 def quiet_mlflow() -> None:
     """Leaves only warnings of MLflow and of the database tools it brings."""
-    for name in ("mlflow", "alembic", "sqlalchemy", "urllib3"):
+    for name in ("mlflow", "alembic", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def web_address(run: MlflowRun, uri: str) -> Any:
-    """Where a browser shows the run; empty for a database."""
-    return f"{masked(uri, uri)}/#/runs/{run.run_id}" if uri.startswith("http") else ""
+    logging.getLogger("urllib3").setLevel(
+        logging.ERROR
+    )  # it tells each retry; the mirror tells an outage once

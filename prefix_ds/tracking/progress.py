@@ -29,7 +29,7 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def progress(
+def progress_bar(
     title: str, total: int, *, done: int = 0, is_visible: bool = True, log_every_seconds: float = 30
 ) -> Iterator[Progress]:
     """Shows the progress of the block. Every rank may call this; only where `is_visible` is it shown."""

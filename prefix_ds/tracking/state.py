@@ -13,7 +13,6 @@ Knows nothing of MLflow's client.
 import contextlib
 import fcntl
 import json
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -36,11 +35,6 @@ class State:
     sent: dict[str, int] = field(default_factory=dict)  # metric: last step
     files: dict[str, list[int]] = field(default_factory=dict)  # path in the run folder: size, mtime in ns
     system_samples: int = 0
-    status: str = ""  # how the run ended, when known
-    ended: float = 0  # unix seconds
-
-
-_writing = threading.Lock()
 
 
 def read_state(run: Path) -> State:
@@ -53,8 +47,7 @@ def read_state(run: Path) -> State:
 
 def write_state(run: Path, state: State) -> None:
     """Keeps the state. Raises RunError."""
-    with _writing:
-        write_text_atomically(run / _FILE, json.dumps(asdict(state), indent=1) + "\n")
+    write_text_atomically(run / _FILE, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def forget_state(run: Path) -> None:
@@ -82,15 +75,6 @@ def absolute_uri(uri: str) -> str:
 
 def _is_relative(uri: str) -> bool:
     return uri.startswith(_SQLITE) and not uri.startswith((f"{_SQLITE}/", f"{_SQLITE}:memory:"))
-
-
-def note_status(run: Path, status: str) -> None:
-    """Keeps how the run ended, for whoever sends it later. A disk error changes nothing."""
-    state = read_state(run)
-    if state.status != status:
-        state.status, state.ended = status, time.time()
-        with contextlib.suppress(RunError):
-            write_state(run, state)
 
 
 @contextlib.contextmanager

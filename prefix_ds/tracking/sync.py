@@ -8,7 +8,7 @@ from pathlib import Path
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import RunError
 from prefix_ds.tracking.masking import masked
-from prefix_ds.tracking.progress import progress
+from prefix_ds.tracking.progress import progress_bar
 from prefix_ds.tracking.state import only_writer, resolved_uri
 
 
@@ -18,7 +18,11 @@ def sync_run(run: Path, uri: str | None = None) -> int:
     `uri` is needed where it holds a password, which the run folder does not.
     """
     uri = resolved_uri(uri, run)
-    set_default_environment(MLFLOW_HTTP_REQUEST_TIMEOUT="30", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
+    set_default_environment(
+        MLFLOW_HTTP_REQUEST_TIMEOUT="30",
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="1",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
+    )
     with only_writer(run, patience_seconds=1):
         try:
             return _sent(run, uri)
@@ -37,10 +41,10 @@ def _sent(run: Path, uri: str) -> int:
     there = MlflowRun(run, uri)
     there.open()
     sent = 0
-    with progress("sending to MLflow", there.num_waiting()) as bar:
+    with progress_bar("sending to MLflow", there.num_waiting()) as bar:
         for count in there.send_metrics():
             sent += count
             bar.at(sent)
     there.send_files(is_last=True)
-    there.send_status()
+    there.send_status("FAILED")  # if nobody could say how it ended
     return sent

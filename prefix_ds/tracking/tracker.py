@@ -24,10 +24,10 @@ from typing import IO, Literal, Protocol, Self
 
 from prefix_ds.dist import environment_with
 from prefix_ds.errors import Stopped
-from prefix_ds.tracking.facts import Facts, write_facts
+from prefix_ds.tracking.facts import Facts, write_end, write_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Metrics
-from prefix_ds.tracking.state import absolute_uri, note_status
+from prefix_ds.tracking.state import absolute_uri
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]  # MLflow's words
 
 # A request that hangs is given up, so that the mirror can see whether the trainer is still there.
 _FINITE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_SILENT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
 class Tracker(Protocol):
@@ -115,9 +116,9 @@ class RunTracker:
             return
         self._is_open = False
         self._metrics.close()
+        write_end(self._run, status)
         if self._mirror is not None:
             self._mirror.end(status)
-            note_status(self._run, status)  # for a later sync, where the mirror could not
 
     def __enter__(self) -> Self:
         """The tracker itself."""
@@ -171,7 +172,7 @@ def _started_mirror(run: Path, uri: str, is_new: bool, patience_seconds: float) 
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=environment_with(PYTHONPATH=path, **_FINITE),
+            env=environment_with(PYTHONPATH=path, **_FINITE, **_SILENT),
         )
     except OSError as error:
         log.warning("MLflow gets nothing for now: its mirror cannot be started: %s", error)

@@ -1,0 +1,549 @@
+"""The run's memory on disk: what is read is what was written, or a clear error; whatever happens to a writer.
+
+Laws: a round trip is exact; damage to any byte is seen and the checkpoint before is taken; a writer killed at
+any moment costs at most its own checkpoint; a full or read-only disk is one line and leaves nothing behind.
+"""
+
+import errno
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefix_ds import checkpoint
+from prefix_ds.checkpoint import (
+    PrefixFacts,
+    begin,
+    discard,
+    latest,
+    pending_folder,
+    prune,
+    read_prefix,
+    read_tensors,
+    save_checkpoint,
+    seal,
+    write_prefix,
+    write_tensors,
+)
+from prefix_ds.errors import RunError
+from prefix_ds.files import write_text_atomically
+
+torch.set_num_threads(1)
+FORK = multiprocessing.get_context("fork")
+FACTS = PrefixFacts("acme/tiny", "main", "llama", "ab12", 3, 40, 1.25, "0.1.0")
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+def tensors_of(step: int) -> dict[str, Tensor]:
+    """Tensors whose every number tells their step."""
+    return {
+        "table": torch.full((7, 9), float(step)),
+        "half": torch.full((3,), step % 100, dtype=torch.bfloat16),
+        "rng": torch.full((64,), step % 251, dtype=torch.uint8),
+        "count": torch.tensor(step),
+        "none": torch.empty(0, 4),
+    }
+
+
+def slots_of(step: int, slots: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        f"model.layers.{i}.self_attn": (
+            torch.full((2, 5, 4), step + i / 8),
+            torch.full((2, 5, 3), float(-step)),
+        )
+        for i in range(slots)
+    }
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 100 and 200."""
+    for step in (100, 200):
+        save_checkpoint(tmp_path, step, tensors_of(step), {"position": step})
+    return tmp_path
+
+
+# What is read is what was written
+
+
+def test_a_round_trip_is_exact(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    noise = torch.randn(4, 6)
+    written = tensors_of(3) | {"noise": noise, "view": noise.t()[1:3], "nan": torch.tensor([float("nan")])}
+    state = {
+        "loss": float("inf"),
+        "tiny": 1e-300,
+        "seed": 2**70,
+        "text": "é\n\u2028",
+        "nested": {"a": [1, None]},
+    }
+    folder = save_checkpoint(tmp_path, 3, written, state)
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found.folder, found.step, found.state) == (folder, 3, state)
+    read = found.tensors(like=written)
+    assert read.pop("nan").isnan()
+    assert_equal(read, {name: t for name, t in written.items() if name != "nan"})
+
+
+def test_what_was_read_outlives_its_file(run: Path) -> None:
+    found = latest(run)
+    assert found is not None
+    read = found.tensors()
+    with (found.folder / "tensors.safetensors").open("r+b") as file:
+        file.truncate(0)
+    shutil.rmtree(run / "checkpoints")
+    assert_equal(read, tensors_of(200))
+
+
+def test_only_tensors_and_json_are_on_disk(run: Path) -> None:
+    files = {p.name for p in run.rglob("*") if p.is_file()}
+    assert files == {"tensors.safetensors", "state.json"}
+
+
+def test_the_newest_is_the_highest_step_not_the_last_written(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 7):
+        save_checkpoint(tmp_path, step, {}, {})
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.step == 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"table": None}, "tensor 'table' is missing"),
+        ({"table": torch.zeros(7, 8)}, r"tensor 'table' is float32 \[7, 9\], expected float32 \[7, 8\]"),
+        ({"table": torch.zeros(7, 9).double()}, r"'table' is float32 \[7, 9\], expected float64 \[7, 9\]"),
+        ({"more": torch.zeros(1)}, "tensor 'more' is not of this run"),
+    ],
+)
+def test_a_tensor_that_is_not_as_asked_for_is_named(run: Path, change: dict[str, Tensor], words: str) -> None:
+    here = tensors_of(200)
+    there = {name: t for name, t in (here | change).items() if t is not None}
+    found = latest(run)
+    assert found is not None
+    if "more" in change or change["table"] is None:
+        here, there = there, here
+    write_tensors(run / "x.safetensors", here)
+    with pytest.raises(RunError, match=words):
+        read_tensors(run / "x.safetensors", like=there)
+
+
+# Damage
+
+
+def damaged_ways(file: Path, every: int) -> Iterator[bytes]:
+    """The file cut at every n-th byte, and with bits flipped."""
+    whole = file.read_bytes()
+    for length in range(0, len(whole), every):
+        yield whole[:length]
+    chance = random.Random(0)
+    for _ in range(60):
+        place = chance.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << chance.randrange(8)
+        yield bytes(flipped)
+
+
+@pytest.mark.parametrize(("name", "every"), [("state.json", 1), ("tensors.safetensors", 7)])
+def test_damage_to_any_byte_is_seen_and_told(
+    run: Path, name: str, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = run / "checkpoints" / "step-00000200" / name
+    whole = latest(run)
+    assert whole is not None
+    for content in damaged_ways(file, every):
+        file.write_bytes(content)
+        caplog.clear()
+        found = latest(run)
+        assert found is not None
+        if found.step == 200:  # a change that changes nothing, say of white space at the end
+            assert found == whole
+            assert name == "state.json"
+        else:
+            assert (found.step, found.state) == (100, {"position": 100})
+            assert "step-00000200 is damaged and skipped" in caplog.text
+
+
+def test_a_missing_file_is_seen_and_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "checkpoints" / "step-00000200" / "tensors.safetensors").unlink()
+    found = latest(run)
+    assert found is not None
+    assert found.step == 100
+    assert "tensors.safetensors is missing" in caplog.text
+
+
+def test_a_checkpoint_under_another_step_is_not_taken(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "checkpoints" / "step-00000200").rename(run / "checkpoints" / "step-00000900")
+    found = latest(run)
+    assert found is not None
+    assert found.step == 100
+    assert "it is the checkpoint of step 200" in caplog.text
+
+
+def test_a_run_with_nothing_but_damage_is_refused(run: Path) -> None:
+    for state in run.rglob("state.json"):
+        state.write_text("{")
+    with pytest.raises(RunError, match="every checkpoint is damaged"):
+        latest(run)
+
+
+# A writer that dies
+
+
+def killed_soon(work: Callable[[], None], after_seconds: float) -> None:
+    """Runs `work` in a process of its own, and kills it with SIGKILL."""
+    process = FORK.Process(target=work)
+    process.start()
+    time.sleep(after_seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def save_for_ever(run: Path, first: int) -> None:
+    for step in itertools.count(first):
+        save_checkpoint(run, step, tensors_of(step), {"position": step})
+        prune(run, keep=2)
+
+
+def save_the_same_for_ever(run: Path, step: int) -> None:
+    for position in itertools.count():
+        save_checkpoint(run, step, tensors_of(position), {"position": position})
+        prune(run, keep=1)
+
+
+def test_a_writer_killed_at_any_moment_costs_at_most_its_own_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chance = random.Random(1)
+    newest = 0
+    save_checkpoint(tmp_path, 0, tensors_of(0), {"position": 0})
+    for _ in range(20):
+        killed_soon(partial(save_for_ever, tmp_path, newest + 1), 0.02 + 0.05 * chance.random())
+        found = latest(tmp_path)
+        assert found is not None
+        assert found.step >= newest
+        assert found.state == {"position": found.step}
+        assert_equal(found.tensors(), tensors_of(found.step))
+        newest = found.step
+    assert newest > 20
+    assert not caplog.records
+
+
+def test_replacing_a_checkpoint_leaves_one_at_every_moment(tmp_path: Path) -> None:
+    chance = random.Random(2)
+    save_checkpoint(tmp_path, 5, tensors_of(0), {"position": 0})
+    for _ in range(20):
+        killed_soon(lambda: save_the_same_for_ever(tmp_path, 5), 0.02 + 0.05 * chance.random())
+        found = latest(tmp_path)
+        assert found is not None
+        assert found.step == 5
+        assert_equal(found.tensors(), tensors_of(found.state["position"]))
+
+
+def test_a_checkpoint_about_to_be_replaced_counts(run: Path) -> None:
+    final = run / "checkpoints" / "step-00000200"
+    final.rename(final.with_name("step-00000200.replaced"))
+    found = latest(run)
+    assert found is not None
+    assert (found.step, found.state) == (200, {"position": 200})
+    save_checkpoint(run, 200, tensors_of(200), {"position": 201})
+    again = latest(run)
+    assert again is not None
+    assert again.state == {"position": 201}
+    assert sorted(p.name for p in final.parent.iterdir()) == ["step-00000100", "step-00000200"]
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(run: Path) -> None:
+    write_tensors(begin(run, 300) / "rank-0000.safetensors", tensors_of(300))
+    save_checkpoint(run, 400, {}, {})
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step-00000100", "step-00000200", "step-00000400"]
+
+
+def write_prefixes_for_ever(folder: Path) -> None:
+    for step in itertools.count():
+        facts = PrefixFacts("acme/tiny", None, "llama", "ab12", 3, step, None, "0.1.0")
+        write_prefix(folder, slots_of(step), facts)
+
+
+def assert_prefix_is_whole(folder: Path) -> int:
+    found = read_prefix(folder)
+    expected = slots_of(found.facts.step)
+    for name, pair in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(found.slots[name], pair, strict=True))
+    return found.facts.step
+
+
+def test_a_prefix_is_old_or_new_and_never_a_mix(tmp_path: Path) -> None:
+    folder = tmp_path / "prefix"
+    write_prefix(folder, slots_of(0), PrefixFacts("acme/tiny", None, "llama", "ab12", 3, 0, None, "0.1.0"))
+    chance = random.Random(3)
+    for _ in range(20):
+        killed_soon(lambda: write_prefixes_for_ever(folder), 0.02 + 0.04 * chance.random())
+        assert_prefix_is_whole(folder)
+    writer = FORK.Process(target=write_prefixes_for_ever, args=(folder,))
+    writer.start()
+    steps = {assert_prefix_is_whole(folder) for _ in range(200)}
+    writer.kill()
+    writer.join()
+    assert len(steps) > 3  # read while it was written
+    write_prefix(folder, slots_of(1), FACTS)
+    assert sorted(p.name for p in folder.iterdir()) == ["prefix.json", "prefix.safetensors"]
+
+
+# A disk that refuses
+
+
+def outcome_with_little_space(work: Callable[[], None], limit_bytes: int) -> str:
+    """What `work` raises in a process whose files may not grow beyond a limit."""
+    answers, questions = FORK.Pipe(duplex=False)
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        questions.send(outcome(work))
+
+    process = FORK.Process(target=limited)
+    process.start()
+    answer: str = answers.recv()
+    process.join()
+    return answer
+
+
+def outcome(work: Callable[[], None]) -> str:
+    try:
+        work()
+    except RunError as error:
+        return str(error)
+    return "done"
+
+
+def everything_under(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+BIG = {"table": torch.zeros(100_000)}
+BIG_SLOT = {"h.0.attn": (torch.zeros(2, 50, 1000), torch.zeros(2, 50, 1000))}
+WRITES: dict[str, Callable[[Path], object]] = {
+    "checkpoint": lambda run: save_checkpoint(run, 300, BIG, {}),
+    "state": lambda run: save_checkpoint(run, 300, {}, {"list": list(range(100_000))}),
+    "prefix": lambda run: write_prefix(run / "prefix", BIG_SLOT, FACTS),
+    "text": lambda run: write_text_atomically(run / "run.yaml", "x" * 400_000),
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 300 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no right to mount a small disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(run: Path) -> dict[str, bytes]:
+    save_checkpoint(run, 200, tensors_of(200), {})
+    write_prefix(run / "prefix", slots_of(1), FACTS)
+    write_text_atomically(run / "run.yaml", "old")
+    return everything_under(run)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_full_disk_is_one_line_and_changes_nothing(small_disk: Path, write: Callable[[Path], None]) -> None:
+    before = fill(small_disk)
+    message = outcome(lambda: write(small_disk))
+    assert str(small_disk) in message
+    assert "No space left on device" in message
+    assert "\n" not in message
+    assert everything_under(small_disk) == before
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_file_size_limit_is_one_line_and_changes_nothing(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    before = fill(tmp_path)
+    message = outcome_with_little_space(lambda: write(tmp_path), 200_000)
+    assert str(tmp_path) in message
+    assert "File too large" in message
+    assert "\n" not in message
+    assert everything_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_read_only_disk_is_one_line(small_disk: Path, write: Callable[[Path], None]) -> None:
+    before = fill(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    message = outcome(lambda: write(small_disk))
+    assert "Read-only file system" in message
+    assert "\n" not in message
+    assert everything_under(small_disk) == before
+
+
+def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    (tmp_path / "prefix").write_text("")
+    for write in (WRITES["checkpoint"], WRITES["prefix"]):
+        with pytest.raises(RunError, match=f"{tmp_path}.*cannot be written"):
+            write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "is_fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)]
+)
+def test_a_filesystem_that_cannot_sync_folders_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_fatal: bool
+) -> None:
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").resolve().is_dir():
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    message = outcome(lambda: save_checkpoint(tmp_path, 1, tensors_of(1), {}))
+    assert message.endswith(os.strerror(code)) if is_fatal else message == "done"
+
+
+# Many ranks, few checkpoints
+
+
+def test_every_rank_writes_its_own_file(tmp_path: Path) -> None:
+    begin(tmp_path, 40)
+    names = [f"rank-{rank:04d}.safetensors" for rank in range(3)]
+    files = [
+        write_tensors(pending_folder(tmp_path, 40) / name, {"shard": torch.full((4,), float(rank))})
+        for rank, name in enumerate(names)
+    ]
+    assert latest(tmp_path) is None  # not before it is sealed
+    seal(tmp_path, 40, files, {"size": 3})
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.state == {"size": 3}
+    for rank, name in enumerate(names):
+        assert_equal(found.tensors(name=name), {"shard": torch.full((4,), float(rank))})
+    (found.folder / names[2]).unlink()
+    with pytest.raises(RunError, match="every checkpoint is damaged"):
+        latest(tmp_path)
+
+
+def test_a_discarded_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    write_tensors(begin(tmp_path, 40) / "rank-0000.safetensors", tensors_of(1))
+    discard(tmp_path, 40)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [5]), (1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_pruning_keeps_the_newest_and_never_nothing(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, {}, {})
+    (tmp_path / "checkpoints" / "notes").mkdir()  # not ours
+    prune(tmp_path, keep)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["notes", *(f"step-{step:08d}" for step in left)]
+
+
+# The saved prefix
+
+
+def shapes(slots: dict[str, tuple[Tensor, Tensor]]) -> list[Shape]:
+    return [Shape(n, k.shape[0], k.shape[2], v.shape[2]) for n, (k, v) in slots.items()]
+
+
+def test_a_prefix_comes_back_bit_for_bit_in_slot_order(tmp_path: Path) -> None:
+    slots = {f"h.{i}.attn": (torch.randn(2, 5, 4), torch.randn(2, 5, 3)) for i in range(12)}  # "h.10" < "h.2"
+    write_prefix(tmp_path, slots, FACTS)
+    found = read_prefix(tmp_path)
+    assert list(found.slots) == list(slots)
+    assert (found.facts, found.length) == (FACTS, 5)
+    pairs = zip(found.keys_values(shapes(slots)), slots.values(), strict=True)
+    assert all(torch.equal(a, b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
+    told = json.loads((tmp_path / "prefix.json").read_text())
+    assert (told["base"], told["length"], told["valid_loss"], len(told["slots"])) == (
+        "acme/tiny",
+        5,
+        1.25,
+        12,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda s: [s[0], Shape("other", 2, 4, 3), s[2]],
+            r"it has model.layers.1.self_attn .* asks for other",
+        ),
+        (lambda s: [s[0], s[1], Shape(s[2].name, 4, 4, 3)], "with 2 heads.*asks for.*with 4 heads"),
+        (lambda s: s[:2], "it has 3 slots, the base asks for 2"),
+    ],
+)
+def test_the_prefix_of_another_model_is_refused_by_name(
+    tmp_path: Path, change: Callable[[list[Shape]], list[Shape]], words: str
+) -> None:
+    write_prefix(tmp_path, slots_of(1), FACTS)
+    expected = change(shapes(slots_of(1)))
+    with pytest.raises(RunError, match=rf"trained for acme/tiny \(llama\).*{words}"):
+        read_prefix(tmp_path).keys_values(expected)
+
+
+def test_a_damaged_prefix_is_refused(tmp_path: Path) -> None:
+    write_prefix(tmp_path, slots_of(1), FACTS)
+    file = tmp_path / checkpoint.saved_prefix.FILE
+    whole = file.read_bytes()
+    for content in damaged_ways(file, 23):
+        file.write_bytes(content)
+        if content != whole:
+            with pytest.raises(RunError, match=str(file)):
+                read_prefix(tmp_path)
+
+
+def test_no_prefix_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such file"):
+        read_prefix(tmp_path)
+    write_tensors(tmp_path / "prefix.safetensors", {"a": torch.zeros(1)})
+    with pytest.raises(RunError, match="not a prefix saved by prefix-ds"):
+        read_prefix(tmp_path)
+
+
+def test_nothing_is_told_where_all_is_well(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert latest(run) is not None
+    assert not caplog.records
