@@ -21,7 +21,7 @@ from prefix_ds.files import write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
 from prefix_ds.run_folder import open_run
-from prefix_ds.tracking import progress
+from prefix_ds.tracking import progress_bar
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def write_outputs(
     by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids), reverse=True)
     batches = list(_dealt(by_length, keys.batch_size, world))
     mine: dict[int, str] = {}
-    with progress("writing", len(batches), is_visible=world.is_first) as bar:
+    with progress_bar("writing", len(batches), is_visible=world.is_first) as bar:
         for done, batch in enumerate(batches, start=1):
             outputs = _continued(opened, [list(prompts[n].ids) for n in batch], keys, world)
             mine |= dict(zip(batch, outputs, strict=True))

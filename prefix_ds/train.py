@@ -36,7 +36,7 @@ from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.run_folder import RunFolder, claim
 from prefix_ds.stop import StopRequest
-from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, process_tags, progress
+from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, process_tags, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
         resume_step=start.step or None,
         is_first=world.is_first,
     )
-    bar = progress("training", stream.num_steps, done=start.step, is_visible=world.is_first)
+    bar = progress_bar("training", stream.num_steps, done=start.step, is_visible=world.is_first)
     with tracker, bar as shown:
         run = Run(trained.engine, stream, sweep, tracker, shown, memory, stop)
         end = fit(run, config.train, config.run, start)

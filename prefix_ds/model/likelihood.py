@@ -16,7 +16,7 @@ _CHUNK_NUMBERS = 2**24  # 64 MiB in float32
 
 
 def summed_nll(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
-    """Minus the sum of the log-probabilities of `ids_M`: a scalar, float32 (float64 for float64 logits)."""
+    """Minus the sum of the log-probabilities of `ids_M`: a float64 scalar."""
     total: Tensor = _SummedNLL.apply(logits_MV, ids_M)  # type: ignore[no-untyped-call]
     return total
 
@@ -24,10 +24,10 @@ def summed_nll(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
 class _SummedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, ids_M: Tensor) -> Tensor:
-        norms, total = [], logits_MV.new_zeros((), dtype=_wide(logits_MV))
+        norms, total = [], logits_MV.new_zeros((), dtype=torch.float64)
         for chunk_CV, ids_C in _chunks(logits_MV, ids_M):
             norms.append(chunk_CV.logsumexp(dim=-1))
-            total = total + (norms[-1] - chunk_CV.gather(1, ids_C[:, None])[:, 0]).sum()
+            total += (norms[-1] - chunk_CV.gather(1, ids_C[:, None])[:, 0]).sum(dtype=torch.float64)
         ctx.save_for_backward(logits_MV, ids_M, torch.cat(norms))
         return total
 
@@ -40,7 +40,7 @@ class _SummedNLL(torch.autograd.Function):
             rows = slice(start, start + len(ids_C))
             probability_CV = (chunk_CV - norm_M[rows, None]).exp_()
             probability_CV.scatter_add_(1, ids_C[:, None], probability_CV.new_full((len(ids_C), 1), -1.0))
-            grad_MV[rows] = probability_CV.mul_(grads[0])
+            grad_MV[rows] = probability_CV.mul_(grads[0].to(probability_CV))
             start = rows.stop
         return grad_MV, None
 
