@@ -1,6 +1,6 @@
 """A run's memory on disk, written whole or not at all."""
 
-from prefix_ds.checkpoint.saved_prefix import PrefixFacts, SavedPrefix, read_prefix, write_prefix
+from prefix_ds.checkpoint.saved_prefix import PrefixFacts, SavedPrefix, SlotShape, read_prefix, write_prefix
 from prefix_ds.checkpoint.steps import (
     Checkpoint,
     begin,
@@ -18,6 +18,7 @@ __all__ = [
     "FileDigest",
     "PrefixFacts",
     "SavedPrefix",
+    "SlotShape",
     "begin",
     "discard",
     "latest",

@@ -49,7 +49,7 @@ class PrefixFacts:
     revision: str | None
     model_type: str
     base_config_sha256: str  # of the base's config, to recognise it under another name
-    base_num_slots: int  # attentions of the base, with and without a prefix
+    base_num_layers: int  # all layers of the base, with and without a prefix
     step: int
     valid_loss: float | None
     version: str  # of prefix-ds

@@ -42,7 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], text: str = "") -> 
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     with telling_disk_errors(path):
         try:
-            save_file(plain, path, {"format": "pt", "prefix_ds": text})
+            save_file(plain, path, {"format": "pt"} | ({"prefix_ds": text} if text else {}))
         except SafetensorError as error:  # how a full disk looks from safetensors
             raise RunError(f"{path}: cannot be written: {error}") from error
         sync(path)
