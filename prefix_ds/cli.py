@@ -84,9 +84,8 @@ def init(folder: Annotated[Path, typer.Argument(help="where run.yaml is written"
     """Write a commented run.yaml to start from."""
     from prefix_ds.init import write_starter
 
-    typer.echo(
-        f"wrote {write_starter(folder)}; edit its first keys, then: prefix-ds check {write_starter.__name__}"
-    )
+    run_file = write_starter(folder)
+    typer.echo(f"wrote {run_file}; edit its first keys, then: prefix-ds check {run_file}")
 
 
 @app.command()
@@ -108,12 +107,13 @@ def export(run: Run, out: Annotated[Path, typer.Argument(help="folder to write")
 @app.command("import")
 def import_(
     adapter: Annotated[Path, typer.Argument(help="a PEFT prefix-tuning folder")],
-    out: Annotated[Path, typer.Argument(help="folder to write")],
+    out: Annotated[Path, typer.Argument(help="run folder to write")],
+    overrides: Overrides = None,
 ) -> None:
-    """Turn a PEFT prefix-tuning adapter into a prefix of ours."""
-    from prefix_ds.export import import_peft
+    """Turn a PEFT prefix-tuning adapter into a run folder of ours."""
+    from prefix_ds.importing import import_run
 
-    import_peft(adapter, out)
+    import_run(adapter, out, overrides or [])
 
 
 @app.command()
@@ -121,7 +121,7 @@ def sync(run: Run) -> None:
     """Send to MLflow what it has not got of a run."""
     from prefix_ds.tracking import sync_run
 
-    sync_run(run)
+    typer.echo(f"{sync_run(run)} records sent")
 
 
 @app.command()

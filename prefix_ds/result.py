@@ -42,7 +42,7 @@ def prefix_writer(
             revision=keys.revision,
             model_type=lm.family,
             base_config_sha256=config_digest(base_config),
-            base_num_slots=len(lm.slots),
+            base_num_layers=num_layers(base_config, lm),
             step=progress.step,
             valid_loss=progress.valid_loss,
             version=__version__,
@@ -50,6 +50,11 @@ def prefix_writer(
         write_prefix(folder, {slot.name: pair for slot, pair in zip(slots, pairs, strict=True)}, facts)
 
     return write
+
+
+def num_layers(base_config: Any, lm: PrefixLM) -> int:
+    """Layers of the base, with and without attention."""
+    return int(getattr(base_config.get_text_config(decoder=True), "num_hidden_layers", len(lm.slots)))
 
 
 def config_digest(base_config: Any) -> str:

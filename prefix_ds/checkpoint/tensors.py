@@ -6,12 +6,13 @@ Knows nothing of runs, steps or prefixes.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from prefix_ds.errors import RunError
@@ -61,12 +62,16 @@ def read_tensors(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[s
 
 
 def read_tensors_and_text(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the text that were written together. Raises RunError."""
+    """The tensors and the text that were written together. Raises RunError.
+
+    The file is opened once: safetensors opens it by name a second time for the numbers, and when a writer
+    replaces it in between, gives one file's names with the other's numbers.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            # Cloned: a mapped tensor would read from a file that pruning may remove.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, (file.metadata() or {}).get("prefix_ds", "")
+        content = path.read_bytes()
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, header.get("__metadata__", {}).get("prefix_ds", "")
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from error
 

@@ -63,8 +63,8 @@ class DataKeys(Section):
     train: str | list[str] | None = key(
         None, "files (.jsonl .csv .parquet .txt, globs) or a hub id, as ORG/NAME?split=train"
     )
-    valid: str | list[str] | None = key(None, "the same, for validation")
-    test: str | list[str] | None = key(None, "the same, for the final scores")
+    valid: str | list[str] | None = key(None, "files or a hub id, for validation")
+    test: str | list[str] | None = key(None, "files or a hub id, for the final scores")
     prompt: str = key("", "what the model reads; {field} is replaced by the record's field")
     target: str = key(
         "{text}", "what it learns to write; a field that holds a list makes one example an entry"
@@ -177,8 +177,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _data_can_be_read(self) -> "RunConfig":
-        if not self.data.train:
-            raise ValueError("data.train: missing; name a file or a hub id")
         if self.data.too_long == "split" and self.data.prompt:
             raise ValueError(
                 "data.too_long: split is for plain text; with a data.prompt choose cut_prompt, drop or error"

@@ -101,15 +101,26 @@ def _override(tree: dict[str, Any], lines: dict[Place, str], word: str) -> None:
     place = tuple(dotted.split("."))
     if not equals or len(place) < 2:
         raise ConfigError(f"{word!r}: expected section.key=value")
-    try:
-        value = yaml.load(text, yaml.CSafeLoader)
-    except yaml.YAMLError:
-        value = text
+    value = text if _is_text(place) else _yaml(text)
     for name in place[:-1]:
         branch = tree.get(name)
         tree[name] = tree = dict(branch) if isinstance(branch, dict) else {}
     tree[place[-1]] = value
     lines[place] = f"{word!r}"
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, yaml.CSafeLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def _is_text(place: Place) -> bool:
+    """Whether a key takes nothing but text: `data.prompt={question}` is a template, not a YAML mapping."""
+    section = RunConfig.model_fields.get(str(place[0]))
+    keys = section.annotation.model_fields if section else {}  # type: ignore[union-attr]
+    return len(place) == 2 and place[1] in keys and keys[str(place[1])].annotation is str
 
 
 def _explain(error: ErrorDetails, source: str, lines: dict[Place, str]) -> str:

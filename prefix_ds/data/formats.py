@@ -87,8 +87,8 @@ def _csv_record(path: str, number: int, names: list[str], cells: list[str]) -> s
 
 def parquet_rows(path: str) -> Rows:
     """The rows of a Parquet file, numbered from 1."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
