@@ -68,7 +68,10 @@ class PrefixLM:
     @property
     def limits(self) -> tuple[str, ...]:
         """What does not hold for this base, a line each."""
-        num_layers = getattr(self.base.config.get_text_config(decoder=True), "num_hidden_layers", "?")
+        config = self.base.config.get_text_config(decoder=True)
+        num_layers, chunk = (
+            getattr(config, name, None) for name in ("num_hidden_layers", "attention_chunk_size")
+        )
         lines = []
         if not self._findings.means_text:
             lines.append(
@@ -77,6 +80,11 @@ class PrefixLM:
             )
         if not self.can_pack:
             lines.append(f"{self.family}: documents in one row would see each other: each needs its own row")
+        if chunk:
+            lines.append(
+                f"{self.family}: it attends in chunks of {chunk} tokens: a document that is longer sees their "
+                "borders one prefix length earlier when it shares a row than when it is alone"
+            )
         return tuple(lines)
 
     def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
