@@ -1,8 +1,9 @@
 """Every causal language model family that transformers knows, tiny and random, in float64.
 
-A family's own default configuration is shrunk field by field, so that what makes it different (kinds of layers, caps,
-sinks, windows, latent keys) stays: of its layers, one of each kind is kept. Weights are drawn wide, so that attention
-matters and a mistake in it shows. The few families whose fields depend on each other are helped by `SPECIAL`.
+A family's own default configuration is shrunk field by field, so that what makes it different (kinds of
+layers, caps, sinks, windows, latent keys) stays: of its layers, one of each kind is kept. Weights are drawn
+wide, so that attention matters and a mistake in it shows. The few families whose fields depend on each other
+are helped by `SPECIAL`.
 
 Knows nothing of prefixes.
 """
@@ -22,83 +23,66 @@ NUM_LAYERS = 4
 WINDOW = 64  # longer than any text of the tests
 
 
-def _all(value: Any, names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), value)
-
-
-LAYER_COUNTS = """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers
-    num_decoder_layers num_blocks"""
+LAYER_COUNTS = """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+    num_encoder_layers num_decoder_layers num_blocks"""
 WINDOWS = """sliding_window sliding_window_size attention_window_size attention_chunk_size window_size
     keep_window_size"""
-SIZES: dict[str, Any] = (
-    _all(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size")
-    | _all(NUM_LAYERS, LAYER_COUNTS)
-    | _all(WINDOW, WINDOWS)
-    | {"local_attention": 2 * WINDOW, "moe_layer_end_index": NUM_LAYERS - 1, "moe_layer_start_index": 1}
-    | _all(
-        64,
-        """hidden_size d_model n_embd emb_dim embedding_size embedding_dim hidden_dim lru_width dim_model_base
-        intermediate_size intermediate_size_mlp dense_intermediate_size ffn_hidden_size ffn_dim encoder_ffn_dim
-        decoder_ffn_dim dim_ff dff n_inner d_inner d_ff feed_forward_size word_embed_proj_dim attention_hidden_size
-        input_embedding_size output_embedding_size out_hidden_size rel_extent index_topk max_source_positions
-        original_max_position_embeddings""",
-    )
-    | _all(
-        32,
-        """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
-        shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size attention_head_dim
-        image_size codebook_size""",
-    )
-    | _all(128, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions")
-    | _all(128, "model_max_length context_length mamba_d_ssm")
-    | _all(
-        16,
-        """head_dim kv_channels dim_head d_head attention_head_size swa_head_dim swa_v_head_dim linear_head_dim
-        linear_key_head_dim linear_value_head_dim index_head_dim qk_nope_head_dim kv_lora_rank q_lora_rank o_lora_rank
-        mamba_d_state mamba_d_head mamba_head_dim ssm_state_size state_size query_pre_attn_scalar ple_embed_dim
-        hidden_size_per_layer_input prompt_mid_dim router_hidden_size patch_size num_mel_bins shape_embed_dim
-        pronunciation_embed_dim""",
-    )
-    | _all(
-        8,
-        """qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads mamba_dt_rank time_step_rank laurel_rank hc_lowrank
-        adapter_rank""",
-    )
-    | _all(
-        4,
-        """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
-        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_heads
-        linear_num_value_heads linear_num_key_heads index_n_heads index_block_size mamba_chunk_size chunk_size
-        prompt_length split_ngram_parts num_experts n_routed_experts num_local_experts moe_num_experts""",
-    )
-    | _all(
-        2,
-        """num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_k
-        moe_topk top_k_experts zero_expert_num max_window_layers hc_mult num_codebooks depth""",
-    )
-    | _all(
-        1,
-        """n_group topk_group n_shared_experts first_k_dense_replace moe_num_shared_experts num_shared_experts""",
-    )
-    | {"qk_head_dim": 24, "v_head_dim": 12, "ngram_vocab_size_base": 200}
-    | {"initializer_range": 0.15, "init_std": 0.15, "layer_norm_eps": 1e-5}
-    | {"is_decoder": True, "use_cache": True, "use_mamba_kernels": False, "num_kv_shared_layers": 0}
-    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    | _all(3, "sep_token_id cls_token_id start_token_id")
-)
-OPTIONAL = {
-    "num_key_value_heads",
-    "n_inner",
-    "swa_num_key_value_heads",
-}  # sized even where the default is None
+NAMES_OF_SIZE: dict[int, str] = {
+    128: """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length
+        context_length mamba_d_ssm local_attention""",
+    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
+    64: f"""{WINDOWS} hidden_size d_model n_embd emb_dim embedding_size embedding_dim hidden_dim lru_width
+        dim_model_base intermediate_size intermediate_size_mlp dense_intermediate_size ffn_hidden_size ffn_dim
+        encoder_ffn_dim decoder_ffn_dim dim_ff dff n_inner d_inner d_ff feed_forward_size word_embed_proj_dim
+        attention_hidden_size input_embedding_size output_embedding_size out_hidden_size rel_extent index_topk
+        max_source_positions original_max_position_embeddings""",
+    32: """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+        shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size
+        attention_head_dim image_size codebook_size""",
+    24: "qk_head_dim",
+    16: """head_dim kv_channels dim_head d_head attention_head_size swa_head_dim swa_v_head_dim
+    linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim qk_nope_head_dim kv_lora_rank
+    q_lora_rank o_lora_rank mamba_d_state mamba_d_head mamba_head_dim ssm_state_size state_size
+    query_pre_attn_scalar ple_embed_dim hidden_size_per_layer_input prompt_mid_dim router_hidden_size
+    patch_size num_mel_bins shape_embed_dim pronunciation_embed_dim""",
+    12: "v_head_dim",
+    8: """qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads mamba_dt_rank time_step_rank laurel_rank
+        hc_lowrank adapter_rank""",
+    NUM_LAYERS: f"""{LAYER_COUNTS} num_attention_heads n_head n_heads num_heads encoder_attention_heads
+        decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads
+        swa_num_attention_heads linear_num_heads linear_num_value_heads linear_num_key_heads index_n_heads
+        index_block_size mamba_chunk_size chunk_size prompt_length split_ngram_parts num_experts
+        n_routed_experts num_local_experts moe_num_experts""",
+    3: "sep_token_id cls_token_id start_token_id moe_layer_end_index",
+    2: """num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token
+        moe_k moe_topk top_k_experts zero_expert_num max_window_layers hc_mult num_codebooks depth
+        eos_token_id""",
+    1: """n_group topk_group n_shared_experts first_k_dense_replace moe_num_shared_experts num_shared_experts
+        bos_token_id moe_layer_start_index""",
+    0: "pad_token_id num_kv_shared_layers",
+}
+SIZES: dict[str, Any] = {name: size for size, names in NAMES_OF_SIZE.items() for name in names.split()} | {
+    "ngram_vocab_size_base": 200,
+    "initializer_range": 0.15,
+    "init_std": 0.15,
+    "layer_norm_eps": 1e-5,
+    "is_decoder": True,
+    "use_cache": True,
+    "use_mamba_kernels": False,
+}
+EVEN_WITHOUT_DEFAULT = {"num_key_value_heads", "n_inner", "swa_num_key_value_heads"}
 
 _MIXED = ["linear_attention", "full_attention"] * 2
 _SLIDING = ["sliding_attention", "full_attention"] * 3
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _HASHED = {"hidden_size_global": 64, "num_key_value_heads": 4}
 _INDEXED = {
-    "indexer_budget": 64, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-}  # fmt: skip
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+}
 _WIDE_LATENT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -107,9 +91,11 @@ _WIDE_LATENT = {
     "head_dim": 32,
 }
 _ZAMBA = {
-    "num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3, "attention_hidden_size": 128,
+    "num_hidden_layers": 6,
+    "layers_block_type": ["linear_attention", "hybrid"] * 3,
+    "attention_hidden_size": 128,
     "attention_head_dim": 32,
-}  # fmt: skip
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1, "topk_group": 1},
@@ -234,7 +220,7 @@ def _small(name: str, value: Any) -> Any:
         return 0.0
     if name not in SIZES or isinstance(value, list | tuple | dict):
         return None
-    if value is None and name not in OPTIONAL and not name.endswith("_token_id"):
+    if value is None and name not in EVEN_WITHOUT_DEFAULT and not name.endswith("_token_id"):
         return None
     return SIZES[name]
 
@@ -261,7 +247,7 @@ def _fewer_layers(default: Any, small: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(columns: list[Any], num_layers: int) -> list[int]:
-    """One layer of each kind, then the first ones. Where there are too many kinds, only names of kinds count."""
+    """One layer of each kind, then the first ones. Of too many kinds, only those with names count."""
     kinds = {repr([column[i] for column in columns]): i for i in reversed(range(num_layers))}
     if len(kinds) > NUM_LAYERS:
         named = [column for column in columns if isinstance(column[0], str)]

@@ -35,12 +35,12 @@ def silence(base: nn.Module) -> None:
 
 def switch_attention(base: Any, choice: AttentionChoice) -> None:
     """The base calls our attention, over torch's or over its own. Raises ModelError for what it cannot do."""
-    if choice == "sdpa" and not base._supports_sdpa:
+    stock = base.config.get_text_config(decoder=True)._attn_implementation
+    if choice == "sdpa" and not (base._supports_sdpa or stock in ("sdpa", OVER_SDPA)):
         raise ModelError(
             f"model.attention: sdpa, but the attention of {base.config.model_type} does more than sdpa can "
             "(a soft cap, sinks); use auto or eager"
         )
-    stock = base.config.get_text_config(decoder=True)._attn_implementation
     over_own = choice == "eager" or (choice == "auto" and stock in ("eager", OVER_OWN))
     ours = OVER_OWN if over_own else OVER_SDPA
     base.set_attn_implementation(ours)

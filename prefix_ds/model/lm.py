@@ -24,7 +24,7 @@ from prefix_ds.model.positions import positions_of
 from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.selection import Selection
 from prefix_ds.model.sources import Given, Recorder
-from prefix_ds.model.trial import Findings, Trial
+from prefix_ds.model.trial import Findings, Trial, limits_of
 from prefix_ds.prefix import KeyValue, Slot
 
 
@@ -68,16 +68,7 @@ class PrefixLM:
     @property
     def limits(self) -> tuple[str, ...]:
         """What does not hold for this base, a line each."""
-        num_layers = getattr(self.base.config.get_text_config(decoder=True), "num_hidden_layers", "?")
-        lines = []
-        if not self._findings.means_text:
-            lines.append(
-                f"{self.family}: a prefix is not quite a text in front, as more than keys and values goes "
-                f"from token to token ({len(self.slots)} places for a prefix in {num_layers} layers)"
-            )
-        if not self.can_pack:
-            lines.append(f"{self.family}: documents in one row would see each other: each needs its own row")
-        return tuple(lines)
+        return limits_of(self.base.config.get_text_config(decoder=True), self._findings)
 
     def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The summed negative log-likelihood of the batch's targets, behind the prefix or behind none.

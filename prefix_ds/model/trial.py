@@ -17,6 +17,7 @@ Knows nothing of what is trained, of data or of losses.
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,24 @@ class Trial:
             _same(prefixed, stock),
             _same(packed, prefixed),
         )
+
+
+def limits_of(config: Any, findings: Findings) -> tuple[str, ...]:
+    """What does not hold for a base of this (text) configuration, a line each."""
+    lines = []
+    if not findings.means_text:
+        lines.append(
+            "a prefix is not quite a text in front, as more than keys and values goes from token to token "
+            f"({len(findings.slots)} places for a prefix in {config.num_hidden_layers} layers)"
+        )
+    if not findings.can_pack:
+        lines.append("documents in one row would see each other: each needs a row of its own")
+    if chunk := getattr(config, "attention_chunk_size", None):
+        lines.append(
+            f"it attends in chunks of {chunk} tokens, and a document that is longer meets their borders one "
+            "prefix length earlier when it shares a row than when it is alone"
+        )
+    return tuple(f"{config.model_type}: {line}" for line in lines)
 
 
 def _same(one_TV: Tensor, other_TV: Tensor) -> bool:
