@@ -10,6 +10,7 @@ The file is also the spool of the mirror to MLflow, which reads it from another 
 Knows nothing of MLflow.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -51,8 +52,9 @@ class Metrics:
             self._file.flush()
 
     def close(self) -> None:
-        """Ends the writing."""
-        self._file.close()
+        """Ends the writing. What a full disk refused before is given up."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class MetricsReader:

@@ -27,13 +27,13 @@ from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.state import forget_state, only_writer
 
 if TYPE_CHECKING:
+    from prefix_ds.tracking.machine import Machine
     from prefix_ds.tracking.mlflow_run import MlflowRun
 
 log = logging.getLogger("prefix_ds.tracking.mirror")
 
 _POLL_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 60.0
-_SAMPLE_SECONDS = 10.0
 _FILES_SECONDS = 60.0
 _INCOMPLETE = 1  # exit code
 
@@ -72,7 +72,7 @@ class Trainer:
 class Mirror:
     """Follows one run until its trainer ends."""
 
-    def __init__(self, run: "MlflowRun", machine: "_Machine", trainer: Trainer) -> None:
+    def __init__(self, run: "MlflowRun", machine: "Machine", trainer: Trainer) -> None:
         """Asks the server nothing yet."""
         self._run, self._machine, self._trainer = run, machine, trainer
         self._failures = 0
@@ -128,36 +128,6 @@ class Mirror:
         self._run.send_status(self._trainer.status)
 
 
-class _Machine:
-    """Processor, memory, disk, network and GPUs, by the collectors of MLflow's own system metrics."""
-
-    def __init__(self, uri: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        # Its own thread is never started: that one ends for good at the first request that fails.
-        self._monitor = SystemMetricsMonitor(run_id="", tracking_uri=uri)
-        self._next = time.monotonic() + _SAMPLE_SECONDS
-
-    def sample(self) -> dict[str, float]:
-        """One sample; empty until it is time for one."""
-        if time.monotonic() < self._next:
-            return {}
-        self._next = time.monotonic() + _SAMPLE_SECONDS
-        try:
-            return self._collected()
-        except Exception as error:  # a driver's trouble, not the server's
-            log.warning("the machine's state is no longer measured: %s", _short(error))
-            self._next = float("inf")
-            return {}
-
-    def _collected(self) -> dict[str, float]:
-        self._monitor.collect_metrics()
-        values = dict(self._monitor.aggregate_metrics())
-        for collector in self._monitor.monitors:
-            collector.clear_metrics()
-        return values
-
-
 def main() -> int:
     """The process. Exit code 0 if MLflow has everything."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -181,10 +151,12 @@ def main() -> int:
 
 
 def _follow(run: Path, uri: str, trainer: Trainer) -> None:
-    from prefix_ds.tracking.mlflow_run import MlflowRun, quiet_mlflow
+    from prefix_ds.tracking.machine import Machine
+    from prefix_ds.tracking.mlflow_run import MlflowRun
+    from prefix_ds.tracking.mlflow_terms import quiet_mlflow
 
     quiet_mlflow()
-    Mirror(MlflowRun(run, uri), _Machine(uri), trainer).follow()
+    Mirror(MlflowRun(run, uri), Machine(uri), trainer).follow()
 
 
 def _end_in_time(trainer: Trainer, patience_seconds: float) -> None:

@@ -11,28 +11,35 @@ Knows nothing of processes or retries.
 """
 
 import logging
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from prefix_ds.tracking.facts import DatasetFacts, read_facts
+from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import FILE as METRICS_FILE
 from prefix_ds.tracking.metrics import MetricsReader, Record
+from prefix_ds.tracking.mlflow_terms import (
+    METRICS_A_REQUEST,
+    PARAMETER_LENGTH,
+    TAG_LENGTH,
+    cut,
+    dataset_input,
+    is_gone,
+    is_refusal,
+    milliseconds,
+    plain_key,
+)
 from prefix_ds.tracking.state import read_state, write_state
 
 log = logging.getLogger(__name__)
 
 UID_TAG = "prefix_ds.uid"
-_BATCH = 1000  # metrics a request, MLflow's limit
 _TEXTS = ("run.yaml", "deepspeed.json", "facts.json", METRICS_FILE)  # sent masked
-_GONE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
-_REFUSED = _GONE | {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "ENDPOINT_NOT_FOUND"}
 
 
 class MlflowRun:
@@ -84,18 +91,18 @@ class MlflowRun:
         """Sends what is new in metrics.jsonl; yields the number of records after each confirmed request."""
         self.num_waiting()
         while self._unsent:
-            records = self._unsent[:_BATCH]
+            records = self._unsent[:METRICS_A_REQUEST]
             metrics = self._not_sent(records)
-            for first in range(0, len(metrics), _BATCH):
-                self._send(metrics[first : first + _BATCH])
+            for first in range(0, len(metrics), METRICS_A_REQUEST):
+                self._send(metrics[first : first + METRICS_A_REQUEST])
             self._save()
             del self._unsent[: len(records)]
             yield len(records)
 
     def send_sample(self, values: dict[str, float]) -> None:
         """Sends one sample of the machine's state. Not repeated when it fails."""
-        step, now = self._state.system_samples, _milliseconds(time.time())
-        metrics = [Metric(_key(f"system/{name}"), float(v), now, step) for name, v in values.items()]
+        step, now = self._state.system_samples, milliseconds(time.time())
+        metrics = [Metric(plain_key(f"system/{name}"), float(v), now, step) for name, v in values.items()]
         self._client.log_batch(self.run_id, metrics)
         self._state.system_samples += 1
 
@@ -117,7 +124,7 @@ class MlflowRun:
         """Tells the server how the run ended: as its facts say, or `otherwise` if they do not."""
         facts = read_facts(self._folder)
         ended = facts.ended or (self._folder / METRICS_FILE).stat().st_mtime
-        self._client.set_terminated(self.run_id, facts.status or otherwise, _milliseconds(ended))
+        self._client.set_terminated(self.run_id, facts.status or otherwise, milliseconds(ended))
 
     def _known_run(self) -> Run | None:
         if not self._state.run_id:
@@ -131,7 +138,7 @@ class MlflowRun:
         try:
             found = self._client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code in _GONE:
+            if is_gone(error):
                 return None
             raise
         return found if found.info.lifecycle_stage == "active" else None
@@ -149,7 +156,7 @@ class MlflowRun:
         facts = self._facts
         tags = {UID_TAG: facts.uid}
         return self._client.create_run(
-            self._experiment_id(), _milliseconds(facts.started), tags, run_name=facts.name
+            self._experiment_id(), milliseconds(facts.started), tags, run_name=facts.name
         )
 
     def _experiment_id(self) -> str:
@@ -165,14 +172,16 @@ class MlflowRun:
     def _describe(self, found: Run) -> None:
         """Parameters cannot change in MLflow: those that did since the run began become tags."""
         told = found.data.params
-        wanted = {_key(name): _cut(value, 6000) for name, value in self._facts.params.items()}
+        wanted = {plain_key(name): cut(value, PARAMETER_LENGTH) for name, value in self._facts.params.items()}
         new = [Param(name, value) for name, value in wanted.items() if name not in told]
         changed = {f"now.{name}": v for name, v in wanted.items() if name in told and told[name] != v}
-        tags = {_key(name): _cut(value, 5000) for name, value in (self._facts.tags | changed).items()}
+        tags = {
+            plain_key(name): cut(value, TAG_LENGTH) for name, value in (self._facts.tags | changed).items()
+        }
         self._tell("parameters", params=new)
         self._tell("tags", tags=[RunTag(name, value) for name, value in tags.items()])
         if self._facts.datasets and not found.inputs.dataset_inputs:
-            self._tell("data sets", datasets=[_dataset_input(d) for d in self._facts.datasets])
+            self._tell("data sets", datasets=[dataset_input(d) for d in self._facts.datasets])
         if found.info.status != "RUNNING":  # it goes on
             self._client.update_run(self.run_id, status="RUNNING")
 
@@ -185,41 +194,40 @@ class MlflowRun:
             else:
                 self._client.log_batch(self.run_id, **batch)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             log.warning("MLflow refuses the %s of this run: %s", what, error)
 
     def _not_sent(self, records: Iterable[Record]) -> list[Metric]:
         """The values of records that the server has not confirmed."""
-        sent = dict(self._state.sent)
-        metrics = []
-        for record in records:
-            for name, value in record.values.items():
-                if record.step > sent.get(name, -1):
-                    sent[name] = record.step
-                    metrics.append(Metric(name, float(value), _milliseconds(record.time), record.step))
-        return metrics
+        return [
+            Metric(name, float(value), milliseconds(record.time), record.step)
+            for record in records
+            for name, value in record.values.items()
+            if self._state.is_news(name, record.step, milliseconds(record.time), float(value))
+        ]
 
     def _send(self, metrics: Sequence[Metric]) -> None:
-        plain = [Metric(_key(m.key), m.value, m.timestamp, m.step) for m in metrics]
+        plain = [Metric(plain_key(m.key), m.value, m.timestamp, m.step) for m in metrics]
         try:
             self._client.log_batch(self.run_id, plain)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             if self._live_run(self.run_id) is None:
                 self._is_open = False  # deleted meanwhile: `open` makes another
                 self._forget()
                 raise
             self._send_one_by_one(plain)
-        self._state.sent |= {m.key: m.step for m in metrics}
+        for m in metrics:
+            self._state.confirm(m.key, m.step, m.timestamp, m.value)
 
     def _send_one_by_one(self, metrics: Sequence[Metric]) -> None:
         for metric in metrics:
             try:
                 self._client.log_batch(self.run_id, [metric])
             except Exception as error:
-                if not _is_refusal(error):
+                if not is_refusal(error):
                     raise
                 log.warning("MLflow refuses %s of step %d: %s", metric.key, metric.step, error)
 
@@ -241,37 +249,3 @@ class MlflowRun:
 
     def _save(self) -> None:
         write_state(self._folder, self._state)
-
-
-def _dataset_input(facts: DatasetFacts) -> DatasetInput:
-    source = masked(facts.source)
-    dataset = Dataset(_cut(facts.name, 500), facts.digest[:36], "local", _cut(source, 60000))
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", facts.context)])
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether asking again is of no use: said by the server, or by the client that packs the request."""
-    return getattr(error, "error_code", None) in _REFUSED or isinstance(error, ValueError | TypeError)
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
-
-
-def _key(name: str) -> str:
-    """A name that MLflow takes: few characters, and none that means another place as a path."""
-    plain = re.sub(r"[^\w./ :-]", "_", name)[:250]
-    return "/".join(part for part in plain.split("/") if part.strip(".")) or "_"
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def quiet_mlflow() -> None:
-    """Leaves only warnings of MLflow and of the database tools it brings."""
-    for name in ("mlflow", "alembic", "sqlalchemy"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(
-        logging.ERROR
-    )  # it tells each retry; the mirror tells an outage once

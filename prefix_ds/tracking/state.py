@@ -1,9 +1,10 @@
 """What MLflow has of a run: `RUN/mlflow.json`.
 
-For every metric the last step the server has confirmed. A run that goes on from a checkpoint writes some
-steps again, with the same values to the last bit; they are not sent twice, since MLflow would show both.
-(After a change that alters the numbers, say another micro-batch size, MLflow keeps the first version of those
-steps, metrics.jsonl the last.)
+For every metric the last step the server has confirmed, with its time and value. A run that goes on from a checkpoint
+writes some steps again, with the same values to the last bit; they are not sent twice, since MLflow would
+show both. (After a change that alters the numbers, say another micro-batch size, MLflow keeps the first
+version of those steps, metrics.jsonl the last.) Only the last step may be said again with another value:
+a second evaluation of the same prefix.
 
 One process at a time writes the file: the holder of `only_writer`.
 
@@ -13,6 +14,7 @@ Knows nothing of MLflow's client.
 import contextlib
 import fcntl
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,9 +34,21 @@ class State:
     uri: str = ""  # without credentials
     experiment_id: str = ""
     run_id: str = ""
-    sent: dict[str, int] = field(default_factory=dict)  # metric: last step
+    sent: dict[str, list[float]] = field(default_factory=dict)  # metric: last step, its time and value
     files: dict[str, list[int]] = field(default_factory=dict)  # path in the run folder: size, mtime in ns
     system_samples: int = 0
+
+    def is_news(self, name: str, step: int, milliseconds: int, value: float) -> bool:
+        """Whether the server has not confirmed this value."""
+        last_step, last_milliseconds, last_value = self.sent.get(name, (-1, 0, 0.0))
+        if step != last_step:
+            return step > last_step
+        is_other = value != last_value and not (math.isnan(value) and math.isnan(last_value))
+        return is_other and milliseconds > last_milliseconds
+
+    def confirm(self, name: str, step: int, milliseconds: int, value: float) -> None:
+        """The server has it."""
+        self.sent[name] = [step, milliseconds, value]
 
 
 def read_state(run: Path) -> State:

@@ -35,7 +35,8 @@ def sync_run(run: Path, uri: str | None = None) -> int:
 
 
 def _sent(run: Path, uri: str) -> int:
-    from prefix_ds.tracking.mlflow_run import MlflowRun, quiet_mlflow
+    from prefix_ds.tracking.mlflow_run import MlflowRun
+    from prefix_ds.tracking.mlflow_terms import quiet_mlflow
 
     quiet_mlflow()
     there = MlflowRun(run, uri)

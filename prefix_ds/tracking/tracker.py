@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import IO, Literal, Protocol, Self
 
 from prefix_ds.dist import environment_with
-from prefix_ds.errors import Stopped
+from prefix_ds.errors import RunError, Stopped
 from prefix_ds.tracking.facts import Facts, write_end, write_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Metrics
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]  # MLflow's words
 
-# A request that hangs is given up, so that the mirror can see whether the trainer is still there.
-_FINITE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+# A request that hangs is given up some day; a large file may take its time.
+_FINITE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _SILENT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
@@ -107,8 +107,11 @@ class RunTracker:
         self._is_open = True
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line."""
-        self._metrics.write(step, values)
+        """Writes one line. A full disk costs the line, not the run: the next checkpoint tells all ranks."""
+        try:
+            self._metrics.write(step, values)
+        except RunError as error:
+            log.error("%s", error)
 
     def close(self, status: Status) -> None:
         """Ends the run and gives the mirror a last few seconds."""
@@ -116,7 +119,10 @@ class RunTracker:
             return
         self._is_open = False
         self._metrics.close()
-        write_end(self._run, status)
+        try:
+            write_end(self._run, status)
+        except RunError as error:
+            log.error("%s", error)
         if self._mirror is not None:
             self._mirror.end(status)
 

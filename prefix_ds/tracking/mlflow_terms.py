@@ -1,0 +1,66 @@
+"""MLflow's terms: what it takes as a name or a value, how it counts time, and what its refusals mean.
+
+The limits are those of its server's validation; a value that is too long is cut here, since a refusal would
+take everything in the same request with it.
+
+Knows nothing of runs.
+"""
+
+import logging
+import re
+
+from mlflow.entities import Dataset, DatasetInput, InputTag
+
+from prefix_ds.tracking.facts import DatasetFacts
+from prefix_ds.tracking.masking import masked
+
+METRICS_A_REQUEST = 1000
+PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000  # characters
+_KEY_LENGTH = 250
+
+
+def dataset_input(facts: DatasetFacts) -> DatasetInput:
+    """A data set as MLflow takes it."""
+    source = masked(facts.source)
+    dataset = Dataset(cut(facts.name, 500), facts.digest[:36], "local", cut(source, 60000))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", facts.context)])
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether asking again is of no use: said by the server, or by the client that packs the request."""
+    refused = getattr(error, "error_code", None) in {
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "ENDPOINT_NOT_FOUND",
+    }
+    return refused or is_gone(error) or isinstance(error, ValueError | TypeError)
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether the server does not know what was asked for."""
+    return getattr(error, "error_code", None) in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+
+
+def milliseconds(seconds: float) -> int:
+    """Unix time as MLflow counts it."""
+    return int(seconds * 1000)
+
+
+def plain_key(name: str) -> str:
+    """A name that MLflow takes: few characters, and none that means another place as a path."""
+    plain = re.sub(r"[^\w./ :-]", "_", name)[:_KEY_LENGTH]
+    return "/".join(part for part in plain.split("/") if part.strip(".")) or "_"
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or as much of its start as MLflow takes."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def quiet_mlflow() -> None:
+    """Leaves only warnings of MLflow and of the database tools it brings."""
+    for name in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(
+        logging.ERROR
+    )  # it tells each retry; the mirror tells an outage once

@@ -1,0 +1,437 @@
+"""MLflow gets each record once, whatever its server does.
+
+Laws: MLflow never stops or slows the trainer; an outage, a killed trainer and a resumed run lose nothing and
+double nothing; no process outlives the trainer by more than its patience; no secret arrives anywhere.
+
+The servers are real: MLflow's own on loopback, and a socket that accepts and never answers.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from prefix_ds.errors import RunError, Stopped
+from prefix_ds.tracking import (
+    DatasetFacts,
+    Facts,
+    flattened,
+    open_tracker,
+    process_tags,
+    read_metrics,
+    sync_run,
+)
+from prefix_ds.tracking.facts import read_facts
+from prefix_ds.tracking.mlflow_run import MlflowRun
+from prefix_ds.tracking.state import only_writer, read_state
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 20.0
+SERVER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # twice as fast to start
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class MlflowServer:
+    """A real server on loopback, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | SERVER_ENVIRONMENT
+            )
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200)
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def hanging_uri() -> Iterator[str]:
+    """A server that takes every connection and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections: list[socket.socket] = []
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listener.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        for connection in connections:
+            connection.close()
+        assert connections, "nobody asked"
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    yield
+    children = psutil.Process().children(recursive=True)
+    assert not [p for p in children if "prefix_ds.tracking.mirror" in p.cmdline()]
+
+
+def facts_of(run: Path, **params: object) -> Facts:
+    return Facts("tests", run.name, flattened(params), {"team": "summaries"})
+
+
+def runs_named(uri: str, name: str) -> list[Run]:
+    client = MlflowClient(uri)
+    ids = [e.experiment_id for e in client.search_experiments()]
+    return list(client.search_runs(ids, f"attributes.run_name = '{name}'", order_by=["start_time"]))
+
+
+def only_run(uri: str, run: Path) -> Run:
+    (found,) = runs_named(uri, run.name)
+    return found
+
+
+def history(uri: str, found: Run, name: str = "train/loss") -> list[tuple[int, float]]:
+    metrics = MlflowClient(uri).get_metric_history(found.info.run_id, name)
+    return sorted((m.step, m.value) for m in metrics)
+
+
+def losses(steps: range) -> list[tuple[int, float]]:
+    return [(step, 1 / (step + 1)) for step in steps]
+
+
+def write_losses(tracker: object, steps: range) -> None:
+    for step, loss in losses(steps):
+        tracker.metrics(step, {"train/loss": loss, "train/lr": 0.1})  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder whose name no other test has."""
+    folder = tmp_path / f"run-{random.randrange(10**9)}"
+    folder.mkdir()
+    return folder
+
+
+def recorded(run: Path, steps: range, resume_step: int | None = None, status: str = "FINISHED") -> None:
+    """A run that happened without MLflow."""
+    tracker = open_tracker(run, facts_of(run, lr=0.1), uri=None, resume_step=resume_step)
+    write_losses(tracker, steps)
+    tracker.close(status)  # type: ignore[arg-type]
+
+
+# MLflow: everything arrives, once
+
+PASSWORD = "hunter2"
+
+
+def with_secrets(run: Path) -> Facts:
+    (run / "run.yaml").write_text(f"mlflow: {{uri: 'http://bob:{PASSWORD}@host'}}\n")
+    (run / "deepspeed.json").write_text("{}")
+    (run / "prefix").mkdir()
+    (run / "prefix" / "prefix.safetensors").write_bytes(bytes(range(256)))
+    params = {"model": {"name": "acme/tiny"}, "data": {"prompt": "x" * 7000}, "odd key (%)": 1}
+    params["hub"] = {"api_key": PASSWORD, "url": f"https://bob:{PASSWORD}@hub/"}
+    tags = {"note": f"token={PASSWORD}", "password": PASSWORD} | process_tags(["x", "--token", PASSWORD])
+    data = DatasetFacts("dialogues", "d1" * 20, "training", f"https://bob:{PASSWORD}@host/train.jsonl")
+    return Facts("tests", run.name, flattened(params), tags, (data,))
+
+
+def test_a_run_arrives_whole_and_without_secrets(
+    server: MlflowServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    uri = server.uri.replace("//", f"//bob:{PASSWORD}@")
+    with open_tracker(
+        run, with_secrets(run), uri=uri, resume_step=None, patience_seconds=PATIENCE
+    ) as tracker:
+        arguments = [word for p in psutil.Process().children() for word in p.cmdline()]
+        write_losses(tracker, range(200))
+        tracker.metrics(200, {"odd (%)": 1.0, "nan": float("nan"), "inf": float("inf")})
+    found = only_run(server.uri, run)
+    assert found.info.status == "FINISHED"
+    assert history(server.uri, found) == losses(range(200))
+    assert found.data.metrics["odd ___"] == 1.0
+    assert found.data.metrics["nan"] != found.data.metrics["nan"]
+    assert found.data.params["model.name"] == "acme/tiny"
+    assert len(found.data.params["data.prompt"]) == 6000
+    assert found.data.tags["version.torch"].startswith("2.")
+    assert found.inputs.dataset_inputs[0].dataset.name == "dialogues"
+    client = MlflowClient(server.uri)
+    files = {a.path for a in client.list_artifacts(found.info.run_id)}
+    assert files == {"run.yaml", "deepspeed.json", "facts.json", "metrics.jsonl", "prefix"}
+    saved = list((server.folder / "artifacts").rglob("prefix.safetensors"))
+    assert [p.read_bytes() for p in saved] == [bytes(range(256))]
+    assert sync_run(run, uri) == 0  # nothing is left to send
+
+    (run / "run.yaml").unlink()  # the user's own, not written by tracking
+    written = [p for folder in (run, server.folder) for p in folder.rglob("*") if p.is_file()]
+    assert len(written) > 8
+    assert [p for p in written if PASSWORD.encode() in p.read_bytes()] == []
+    assert PASSWORD not in caplog.text + " ".join(arguments)
+    assert "mirror" in " ".join(arguments)
+
+
+def test_a_run_that_goes_on_is_one_run_and_no_step_is_doubled(server: MlflowServer, run: Path) -> None:
+    recorded(run, range(60), status="KILLED")
+    assert sync_run(run, server.uri) == 60
+    first = only_run(server.uri, run)
+    recorded(run, range(41, 100), resume_step=40)
+    assert sync_run(run, server.uri) == 40  # 60 to 99: the server has the others
+    again = only_run(server.uri, run)
+    assert again.info.run_id == first.info.run_id
+    assert history(server.uri, again) == losses(range(100))
+
+
+def test_a_second_evaluation_of_one_step_arrives_and_a_repetition_does_not(
+    server: MlflowServer, run: Path
+) -> None:
+    recorded(run, range(0))
+    for score in (0.5, 0.5, 0.75, float("nan"), float("nan")):
+        tracker = open_tracker(run, facts_of(run, lr=0.1), uri=None, resume_step=7)
+        tracker.metrics(7, {"test/rouge": score})
+        tracker.close("FINISHED")
+        sync_run(run, server.uri)
+    assert len(read_metrics(run)) == 5
+    found = only_run(server.uri, run)
+    values = [value for _, value in history(server.uri, found, "test/rouge")]
+    assert sorted(map(str, values)) == ["0.5", "0.75", "nan"]
+
+
+def test_a_run_from_the_start_is_a_new_run(server: MlflowServer, run: Path) -> None:
+    recorded(run, range(3))
+    sync_run(run, server.uri)
+    with open_tracker(
+        run, facts_of(run), uri=server.uri, resume_step=None, patience_seconds=PATIENCE
+    ) as tracker:
+        write_losses(tracker, range(5))
+    old, new = runs_named(server.uri, run.name)
+    assert history(server.uri, old) == losses(range(3))
+    assert history(server.uri, new) == losses(range(5))
+
+
+def test_a_parameter_that_changed_becomes_a_tag(server: MlflowServer, run: Path) -> None:
+    for size, step in ((8, None), (16, 0)):
+        open_tracker(run, facts_of(run, size=size), uri=None, resume_step=step).close("FINISHED")
+        sync_run(run, server.uri)
+    found = only_run(server.uri, run)
+    assert (found.data.params["size"], found.data.tags["now.size"]) == ("8", "16")
+
+
+def test_a_run_the_server_lost_is_made_again_in_full(
+    server: MlflowServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded(run, range(10))
+    sync_run(run, server.uri)
+    MlflowClient(server.uri).delete_run(only_run(server.uri, run).info.run_id)
+    assert sync_run(run, server.uri) == 10
+    assert "no longer has the run" in caplog.text
+    assert history(server.uri, only_run(server.uri, run)) == losses(range(10))
+
+
+def test_a_run_deleted_while_it_is_sent_is_made_again(server: MlflowServer, run: Path) -> None:
+    recorded(run, range(10))
+    there = MlflowRun(run, server.uri)
+    there.open()
+    MlflowClient(server.uri).delete_run(there.run_id)
+    with pytest.raises(Exception, match="deleted"):
+        list(there.send_metrics())
+    there.open()
+    assert sum(there.send_metrics()) == 10
+    assert history(server.uri, only_run(server.uri, run)) == losses(range(10))
+
+
+def test_an_answer_that_was_lost_makes_no_second_run(server: MlflowServer, run: Path) -> None:
+    recorded(run, range(10))
+    sync_run(run, server.uri)
+    (run / "mlflow.json").unlink()  # obeyed by the server, never heard of by us
+    assert sync_run(run, server.uri) == 10
+    assert history(server.uri, only_run(server.uri, run)) == losses(range(10))
+
+
+def test_a_value_the_server_refuses_holds_up_nothing(
+    server: MlflowServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_tracker(run, facts_of(run), uri=None, resume_step=None) as tracker:
+        tracker.metrics(1, {"good": 1.0, "/../a//b/.": 1.0})
+        tracker.metrics(2**70, {"bad": 1.0})
+        tracker.metrics(3, {"good": 2.0})
+    sync_run(run, server.uri)
+    found = only_run(server.uri, run)
+    assert history(server.uri, found, "good") == [(1, 1.0), (3, 2.0)]
+    assert history(server.uri, found, "a/b") == [(1, 1.0)]
+    assert "MLflow refuses bad of step" in caplog.text
+
+
+def test_a_database_is_a_server_too(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_tracker(
+        run, facts_of(run), uri="sqlite:///my.db", resume_step=None, patience_seconds=40
+    ) as tracker:
+        write_losses(tracker, range(20))
+    monkeypatch.chdir("/")
+    uri = f"sqlite:///{tmp_path / 'my.db'}"
+    assert history(uri, only_run(uri, run)) == losses(range(20))
+    assert sync_run(run, "sqlite:///my.db") == 0  # the database of the run, not one in this folder
+    assert sync_run(run) == 0
+
+
+# MLflow never stops or slows the trainer
+
+
+def outage_run(run: Path, uri: str, caplog: pytest.LogCaptureFixture) -> float:
+    """Writes 500 records to a server that is of no use; the mean seconds of a write."""
+    tracker = open_tracker(run, facts_of(run), uri=uri, resume_step=None, patience_seconds=2)
+    time.sleep(4)  # the mirror is up and has asked
+    began = time.perf_counter()
+    write_losses(tracker, range(500))
+    mean_seconds = (time.perf_counter() - began) / 500
+    began = time.perf_counter()
+    tracker.close("FINISHED")
+    assert time.perf_counter() - began < 10
+    assert f"prefix-ds sync {run}" in caplog.text
+    return mean_seconds
+
+
+def test_a_server_that_hangs_costs_the_trainer_nothing(
+    server: MlflowServer, hanging_uri: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert outage_run(run, hanging_uri, caplog) < 0.05
+    assert sync_run(run, server.uri) == 500
+    found = only_run(server.uri, run)
+    assert (found.info.status, history(server.uri, found)) == ("FINISHED", losses(range(500)))
+
+
+def test_a_port_where_nobody_listens_costs_the_trainer_nothing(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"http://bob:{PASSWORD}@127.0.0.1:{free_port()}"
+    assert outage_run(run, uri, caplog) < 0.05
+    assert "MLflow does not take the metrics, which are kept" in caplog.text
+    with pytest.raises(RunError, match=r"http://\*\*\*@127.0.0.1:\d+: MLflow did not take everything"):
+        sync_run(run, uri)
+    assert PASSWORD not in caplog.text
+    assert read_facts(run).status == "FINISHED"
+
+
+def test_a_server_that_dies_and_comes_back_has_every_record(
+    server: MlflowServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker(run, facts_of(run), uri=server.uri, resume_step=None, patience_seconds=PATIENCE)
+    write_losses(tracker, range(100))
+    wait_until(lambda: read_state(run).sent.get("train/loss", [0])[0] == 99)
+    server.stop()
+    write_losses(tracker, range(100, 200))
+    wait_until(lambda: "MLflow does not take" in caplog.text)
+    server.start()
+    write_losses(tracker, range(200, 300))
+    tracker.close("FINISHED")
+    assert "MLflow is back" in caplog.text
+    found = only_run(server.uri, run)
+    assert (found.info.status, history(server.uri, found)) == ("FINISHED", losses(range(300)))
+
+
+def wait_until(holds: object, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# However the trainer ends
+
+TRAINER = """
+import pathlib, sys, time
+from prefix_ds.tracking import Facts, open_tracker
+run = pathlib.Path(sys.argv[1])
+facts = Facts("tests", run.name, {}, {})
+tracker = open_tracker(run, facts, uri=sys.argv[2], resume_step=None, patience_seconds=5)
+tracker.metrics(7, {"train/loss": 0.125})
+print("written", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_trainer_is_told_as_failed(server: MlflowServer, run: Path) -> None:
+    command = [sys.executable, "-c", TRAINER, str(run), server.uri]
+    trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "written\n"
+    wait_until(lambda: bool(read_state(run).sent))
+    (mirror,) = psutil.Process(trainer.pid).children()
+    mirror.send_signal(signal.SIGTERM)  # as a scheduler does to all processes of a job
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    mirror.wait(timeout=10)
+    found = only_run(server.uri, run)
+    assert (found.info.status, history(server.uri, found)) == ("FAILED", [(7, 0.125)])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (Stopped(), "KILLED"), (ValueError(), "FAILED")]
+)
+def test_the_status_tells_how_the_run_ended(
+    server: MlflowServer, run: Path, error: BaseException | None, status: str
+) -> None:
+    with (
+        contextlib.suppress(Stopped, ValueError),
+        open_tracker(run, facts_of(run), uri=None, resume_step=None),
+    ):
+        if error is not None:
+            raise error
+    sync_run(run, server.uri)
+    assert only_run(server.uri, run).info.status == status
+
+
+def test_two_processes_never_send_one_run_at_a_time(server: MlflowServer, run: Path) -> None:
+    recorded(run, range(2))
+    with only_writer(run, 0), pytest.raises(RunError, match="another process is sending this run"):
+        sync_run(run, server.uri)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"facts\.json.*a run folder was expected"):
+        sync_run(tmp_path, "http://nowhere")
