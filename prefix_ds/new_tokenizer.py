@@ -1,7 +1,7 @@
 """A tokenizer for a base that is made from scratch: byte-level BPE, trained on the base's own texts.
 
-Byte-level, so that no text is unknown. One special token ends every document and starts those that have no
-prompt. Training is `tokenizers`' own. Knows nothing of models.
+Byte-level, so that no text is unknown. One special token stands between documents: it ends each, and every
+text starts with it, in training as in use. Training is `tokenizers`' own. Knows nothing of models.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ END = "<|endoftext|>"
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A transformers tokenizer of at most `vocab_size` entries, learned from texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
@@ -26,6 +26,8 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    end = (END, bpe.token_to_id(END))
+    bpe.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[end])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END)
 
 

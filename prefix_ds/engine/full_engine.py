@@ -2,7 +2,8 @@
 
 Here DeepSpeed's own ZeRO-3 optimizer holds master weights and moments in shards. It averages gradients over
 ranks, and our loss is a part of a global mean, so each part is multiplied by the number of ranks. The number
-of micro-batches of a step varies, which is why the accumulation border is set by hand.
+of micro-batches of a step varies, which is why the accumulation border is set by hand, and why each forward
+pass is announced: the engine's own `forward` would do it, but its module is called directly.
 
 A checkpoint is one file a rank, bound to the number of ranks it was written on. Knows nothing of prefixes or
 time.
@@ -40,6 +41,7 @@ class FullEngine:
         engine = self.model.engine
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(share.micro_batches, start=1):
+            engine.optimizer.clear_backward_seen_flag()  # or the last gradient replaces the others
             engine.set_gradient_accumulation_boundary(number == len(share.micro_batches))
             part = self.lm.loss(batch.to(self.world.device), None, ()) / share.global_targets
             engine.backward(part * self.world.size)

@@ -1,0 +1,105 @@
+"""Training all weights, or a base from scratch: the same engine and laws, an ordinary folder at the end."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefix_ds.config import parse_config
+from prefix_ds.errors import RunError
+from prefix_ds.optim import adamw, learning_rate
+from tests.ranks import on_ranks
+from tests.test_laws import changed, metrics, reference_inputs, stop_after, strip_times, train_here
+from tests.workshop import run_config, tokenizer
+
+
+def full_config(folder, *overrides):
+    return run_config(folder, "train.method=full", "train.lr=2e-3", *overrides)
+
+
+def result_of(config):
+    return AutoModelForCausalLM.from_pretrained(f"{config.run.folder}/model", dtype=torch.float32)
+
+
+def reference_model(config):
+    """Full fine-tuning written plainly: one process, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+    optimizer = adamw(model.parameters(), config.train)
+    batches, _ = reference_inputs(config)
+    losses = []
+    for step, batch in enumerate(batches):
+        num_targets = sum(len(target) for _, target in batch)
+        loss = sum(summed_nll(model, *example) for example in batch) / num_targets
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(batches), config.train)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def summed_nll(model, prompt, target):
+    logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+    return -logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None]).sum()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_full_fine_tuning_in_shards_equals_plain_pytorch(tmp_path, size):
+    config = full_config(tmp_path)
+    on_ranks(size, train_here, config)
+    expected, losses = reference_model(config)
+    assert losses[-1] < losses[0] - 0.1
+    assert [r["train/loss"] for r in metrics(config) if "train/loss" in r] == pytest.approx(losses, abs=1e-5)
+    found = dict(result_of(config).named_parameters())
+    for name, parameter in expected.named_parameters():
+        difference = (found[name] - parameter).norm() / parameter.norm()
+        assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_goes_on_as_if_never_stopped(tmp_path, dtype):
+    config = full_config(tmp_path, f"model.dtype={dtype}")
+    stopped = changed(config, f"run.folder={tmp_path}/stopped")
+    on_ranks(2, train_here, config)
+    on_ranks(2, stop_after, stopped, 3)
+    with pytest.raises(RunError, match="was written by 2 ranks, here are 1"):
+        on_ranks(1, train_here, stopped)
+    on_ranks(2, train_here, stopped)
+    assert strip_times(metrics(stopped)) == strip_times(metrics(config))
+    for (name, one), (_, two) in zip(
+        result_of(stopped).named_parameters(), result_of(config).named_parameters(), strict=True
+    ):
+        assert torch.equal(one, two), name
+
+
+def test_a_base_is_made_from_text_and_takes_a_prefix(tmp_path):
+    prefix = run_config(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sleeps under the tree in the garden\n" * 200)
+    pretrain = parse_config(
+        f"""
+model: {{dtype: float32, config: {{model_type: llama, vocab_size: 300, hidden_size: 32, intermediate_size: 64,
+  num_hidden_layers: 2, num_attention_heads: 4, tie_word_embeddings: true}}}}
+data: {{train: {tmp_path}/text.txt, max_length: 32, too_long: split}}
+train: {{method: pretrain, max_steps: 60, global_batch_size: 16, micro_batch_tokens: 256, lr: 1.0e-2}}
+run: {{folder: {tmp_path}/base_run}}
+mlflow: {{uri: null}}
+"""
+    )
+    on_ranks(2, train_here, pretrain)
+    losses = [row["train/loss"] for row in metrics(pretrain) if "train/loss" in row]
+    assert losses[-1] < 1.0, "200 times the same line is easily learned"
+    words = AutoTokenizer.from_pretrained(f"{pretrain.run.folder}/model")
+    model = result_of(pretrain)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = torch.tensor([words("the cat sleeps").input_ids])
+    written = words.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    assert written.startswith("the cat sleeps under the tree")
+    on_ranks(1, train_here, changed(prefix, f"model.name={pretrain.run.folder}/model"))
+    assert len(metrics(prefix)) == 9
+
+
+def test_a_new_tokenizer_leaves_no_text_unknown():
+    words = tokenizer()
+    for text in ("the cat", "Zwölf Boxkämpfer", "日本 \n\t", "🙂"):
+        assert words.decode(words(text).input_ids) == text
