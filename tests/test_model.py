@@ -68,6 +68,26 @@ def test_slots_are_named_by_module_and_call() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("family", "means_text", "can_pack"),
+    [
+        ("llama", True, True),
+        ("mixtral", True, True),
+        ("gpt_oss", True, True),
+        ("doge", False, True),
+        ("falcon_h1", False, False),
+        ("qwen3_next", False, False),
+    ],
+)
+def test_a_trial_in_any_precision_finds_the_same(
+    family: str, means_text: bool, can_pack: bool, dtype: torch.dtype
+) -> None:
+    lm = PrefixLM(tiny(family).to(dtype))
+    assert lm.can_pack == can_pack
+    assert any("not quite a text" in limit for limit in lm.limits) != means_text
+
+
 def test_a_table_of_the_wrong_width_is_refused(llama: PrefixLM) -> None:
     with pytest.raises(ValueError, match="for slots that need"):
         llama.loss(batch_of([tokens(4)]), torch.zeros(3, 7), llama.slots)
@@ -136,14 +156,17 @@ def test_documents_packed_into_a_row_have_the_loss_and_gradient_they_have_alone(
     assert distance(grad_PD, torch.stack([grad for _, grad in alone]).sum(0)) < 1e-6
 
 
-def test_an_indexer_that_picks_few_keys_picks_them_in_the_document() -> None:
+def test_an_indexer_that_picks_few_keys_picks_them_from_the_document() -> None:
     base = tiny("deepseek_v32")
     for module in base.modules():
         if hasattr(module, "index_topk"):
             module.index_topk = 3
+    one, other = tokens(8), tokens(6, seed=1)
+    stock_TV = base(input_ids=one[None], use_cache=False).logits[0]
     lm = PrefixLM(base)
-    table_PD, one, other = noisy_table(lm), tokens(8), tokens(6, seed=1)
+    table_PD = noisy_table(lm)
     alone = [lm.logits(batch_of([document]), table_PD, lm.slots) for document in (one, other)]
+    assert distance(lm.logits(batch_of([one]), None, ()), stock_TV) < EXACT
     assert distance(lm.logits(batch_of([one, other]), table_PD, lm.slots), torch.cat(alone)) < EXACT
 
 
@@ -309,6 +332,13 @@ def test_a_detached_prefix_is_neither_seen_nor_kept(llama: PrefixLM) -> None:
     gc.collect()
     assert kept() is None
     assert distance(llama.base(input_ids=whole.ids_BT).logits[0], bare) < EXACT
+
+
+def test_whoever_calls_the_base_gets_the_prefix(llama: PrefixLM) -> None:
+    table_PD, text = noisy_table(llama, length=3), batch_of([tokens(8)])
+    with llama.prefixed(table_PD, llama.slots):
+        theirs = llama.base(input_ids=text.ids_BT, position_ids=text.positions_BT + 3).logits[0]
+    assert distance(theirs, llama.logits(text, table_PD, llama.slots)) < EXACT
 
 
 def test_attention_that_was_exchanged_is_noticed(llama: PrefixLM) -> None:
