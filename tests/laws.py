@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefix_ds.data.batch import Batch
 from prefix_ds.model import PrefixLM
-from prefix_ds.prefix import KeyValue
+from prefix_ds.prefix import KeyValue, random_table
 
 
 def batch_of(*rows: Sequence[Tensor]) -> Batch:
@@ -51,3 +51,22 @@ def calls_of(module: Any) -> Iterator[list[None]]:
     hook = module.register_forward_pre_hook(lambda *_: calls.append(None))
     yield calls
     hook.remove()
+
+
+def tokens(count: int, seed: int = 0) -> Tensor:
+    """Random ones."""
+    return torch.randint(20, 100, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def noisy_table(lm: PrefixLM, length: int = 5, slots: Any = None) -> Tensor:
+    """A table of noise for a base in float64."""
+    table_PD = random_table(lm.slots if slots is None else slots, length, std=1.0, seed=1)
+    return table_PD.double().requires_grad_()
+
+
+def answers(
+    lm: PrefixLM, prompts: list[list[int]], table_PD: Tensor | None, **options: Any
+) -> list[list[int]]:
+    """Greedy answers of four tokens, unless the options say otherwise."""
+    options = {"max_new_tokens": 4, "eos_ids": [], "pad_id": 0} | options
+    return lm.generate(prompts, table_PD, lm.slots if table_PD is not None else (), **options)

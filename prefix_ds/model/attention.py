@@ -40,6 +40,7 @@ OVER_SDPA, OVER_OWN = "prefix", "prefix_own"
 _MARK = "_prefix_mark"
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+_WideMasks = MutableMapping[Tensor, dict[tuple[int, int], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Joint:
     def __init__(self, base: nn.Module) -> None:
         """Marks every module of the base, since only a forward pass tells which attend."""
         self.calls: Counter[str] = Counter()
-        self._wide_masks: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._wide_masks: _WideMasks = WeakTensorKeyDictionary()
         for name, module in base.named_modules():
             setattr(module, _MARK, (self, name))
         base.register_forward_pre_hook(self._start)
@@ -94,11 +95,10 @@ class Joint:
     def _widened(self, mask: Tensor, num_keys: int, length: int, seen_B: Tensor | None) -> Tensor:
         if not length and self.documents_BT is None:
             return mask
-        wide = self._wide_masks.get(mask)
-        if wide is None or wide.shape[-1] != length + num_keys:
-            wide = widened(mask[..., :num_keys], length, self.documents_BT, seen_B)
-            self._wide_masks[mask] = wide
-        return wide
+        made = self._wide_masks.setdefault(mask, {})
+        if (length, num_keys) not in made:
+            made[length, num_keys] = widened(mask[..., :num_keys], length, self.documents_BT, seen_B)
+        return made[length, num_keys]
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For torch's checkpointing: what surrounds a layer's forward pass, and its recomputation."""

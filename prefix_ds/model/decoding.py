@@ -31,9 +31,9 @@ def positions_of(mask_BT: Tensor) -> Tensor:
 
 
 @contextmanager
-def only(base: Any, settings: GenerationConfig) -> Iterator[None]:
-    """The base generates by these settings and by none of its own."""
-    own, base.generation_config = base.generation_config, settings
+def no_settings_of(base: Any) -> Iterator[None]:
+    """The base's own, which would fill in what a call leaves open, are blank inside."""
+    own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield
     finally:

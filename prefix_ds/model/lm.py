@@ -134,9 +134,9 @@ class PrefixLM:
         )
         ids_BT, mask_BT = decoding.left_padded(prompts, pad_id, self.device)
         positions_BT = decoding.positions_of(mask_BT) + _length(table_PD)
-        with self.prefixed(table_PD, slots), decoding.only(self.base, settings):
+        with self.prefixed(table_PD, slots), decoding.no_settings_of(self.base):
             told = self._positions.told(positions_BT)
-            rows = self.base.generate(ids_BT, attention_mask=mask_BT, synced_gpus=synced, **told)
+            rows = self.base.generate(ids_BT, settings, attention_mask=mask_BT, synced_gpus=synced, **told)
         return decoding.cut(rows[:, ids_BT.shape[1] :], eos_ids)
 
     @contextmanager

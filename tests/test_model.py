@@ -1,0 +1,388 @@
+"""What must hold for a base behind a prefix, on a few families.
+
+The meaning law, for all families, is in test_families.py.
+"""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
+from tiny_models import tiny, tiny_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM, masking_utils
+from transformers.models.llama import modeling_llama
+
+from prefix_ds.data.batch import Batch
+from prefix_ds.errors import ModelError
+from prefix_ds.model import PrefixLM, attention, likelihood
+from prefix_ds.model.attention import documents_of, widened
+from prefix_ds.model.likelihood import summed_nll
+from prefix_ds.prefix import keys_values_of
+from prefix_ds.prefix import table_of as float32_table_of
+
+EXACT = 1e-12
+
+
+@pytest.fixture
+def llama() -> PrefixLM:
+    return PrefixLM(tiny("llama"))
+
+
+def grad_of(lm: PrefixLM, batch: Batch, table_PD: Tensor, slots: Any = None) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient to the table."""
+    table_PD = table_PD.detach().clone().requires_grad_()
+    loss = lm.loss(batch, table_PD, lm.slots if slots is None else slots)
+    loss.backward()
+    assert table_PD.grad is not None
+    return loss.detach(), table_PD.grad
+
+
+# -------------------------------------------------------------------------------------------------- places
+
+
+def shapes(family: str) -> list[tuple[int, int, int]]:
+    return [(slot.num_heads, slot.key_dim, slot.value_dim) for slot in PrefixLM(tiny(family)).slots]
+
+
+def test_slots_are_the_shapes_that_attention_sees() -> None:
+    assert shapes("gpt2") == [(4, 16, 16)] * 4
+    assert shapes("llama") == [(2, 16, 16)] * 4  # grouped queries
+    assert shapes("deepseek_v3") == [(4, 24, 12)] * 4  # latent attention
+    assert shapes("gemma4_text") == [(2, 16, 16), (2, 32, 32)] * 3  # layers that differ
+
+
+def test_slots_are_named_by_module_and_call() -> None:
+    assert [slot.name for slot in PrefixLM(tiny("llama")).slots][:2] == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
+    names = [slot.name for slot in PrefixLM(tiny("diffllama")).slots]  # attends twice a layer
+    assert names[:3] == [
+        "model.layers.0.self_attn",
+        "model.layers.0.self_attn#1",
+        "model.layers.1.self_attn",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("family", "means_text", "can_pack"),
+    [
+        ("llama", True, True),
+        ("mixtral", True, True),
+        ("gpt_oss", True, True),
+        ("doge", False, True),
+        ("falcon_h1", False, False),
+        ("qwen3_next", False, False),
+    ],
+)
+def test_a_trial_in_any_precision_finds_the_same(
+    family: str, means_text: bool, can_pack: bool, dtype: torch.dtype
+) -> None:
+    lm = PrefixLM(tiny(family).to(dtype))
+    assert lm.can_pack == can_pack
+    assert any("not quite a text" in limit for limit in lm.limits) != means_text
+
+
+def test_a_table_of_the_wrong_width_is_refused(llama: PrefixLM) -> None:
+    with pytest.raises(ValueError, match="for slots that need"):
+        llama.loss(batch_of([tokens(4)]), torch.zeros(3, 7), llama.slots)
+
+
+# ----------------------------------------------------------------------------------------- text and layers
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_prefix_started_from_text_is_that_text_in_float32(family: str) -> None:
+    lm = PrefixLM(tiny(family).float())
+    before, text = tokens(5), tokens(9, seed=1)
+    table_PD = float32_table_of(lm.keys_values_of(before[None], lm.slots))
+    behind = lm.loss(batch_of([text[:-1]]), table_PD, lm.slots)
+    whole = batch_of([torch.cat([before, text[:-1]])])
+    last = slice(len(before), None)
+    whole = replace(
+        whole, target_index_M=whole.target_index_M[last], target_ids_M=batch_of([text[:-1]]).target_ids_M
+    )
+    assert behind.item() == pytest.approx(lm.loss(whole, None, ()).item(), rel=1e-5)
+
+
+def test_some_layers_alone_have_a_prefix(llama: PrefixLM) -> None:
+    batch, some = batch_of([tokens(8)]), llama.slots[2:]
+    full_PD = noisy_table(llama)
+    some_PD = full_PD[:, -sum(slot.width for slot in some) :]
+    loss, grad_PD = grad_of(llama, batch, some_PD, some)
+    assert grad_PD.abs().sum(dim=1).min() > 0
+    for other in (llama.loss(batch, full_PD, llama.slots), llama.loss(batch, None, ())):
+        assert abs(other.item() - loss.item()) > 1e-3
+
+
+def test_slots_may_come_in_any_order(llama: PrefixLM) -> None:
+    batch, table_PD, mixed = batch_of([tokens(8)]), noisy_table(llama), llama.slots[::-1]
+    mixed_PD = table_of(keys_values_of(table_PD, llama.slots)[::-1])
+    assert distance(llama.loss(batch, mixed_PD, mixed), llama.loss(batch, table_PD, llama.slots)) == 0
+
+
+def test_nothing_is_differentiated_below_the_first_layer_with_a_prefix(llama: PrefixLM) -> None:
+    some, seen = llama.slots[2:], []
+    for layer in llama.base.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    llama.loss(batch_of([tokens(8)]), noisy_table(llama, slots=some), some)
+    assert seen == [False, False, False, True]
+
+
+def test_the_base_gets_no_gradient(llama: PrefixLM) -> None:
+    grad_of(llama, batch_of([tokens(8)]), noisy_table(llama))
+    assert all(parameter.grad is None for parameter in llama.base.parameters())
+
+
+# ------------------------------------------------------------------------------------------ rows and masks
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "bart"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_documents_packed_into_a_row_have_the_loss_and_gradient_they_have_alone(
+    family: str, recompute: bool
+) -> None:
+    lm = PrefixLM(tiny(family, window=4), recompute=recompute)
+    documents, table_PD = [tokens(length, seed=length) for length in (6, 3, 8, 2)], noisy_table(lm)
+    alone = [grad_of(lm, batch_of([document]), table_PD) for document in documents]
+    targets = torch.cat([batch_of([document]).target_ids_M for document in documents])
+    loss, grad_PD = grad_of(lm, replace(batch_of(documents), target_ids_M=targets), table_PD)
+    assert loss.item() == pytest.approx(sum(one.item() for one, _ in alone), rel=1e-6)
+    assert distance(grad_PD, torch.stack([grad for _, grad in alone]).sum(0)) < 1e-6
+
+
+def test_an_indexer_that_picks_few_keys_picks_them_from_the_document() -> None:
+    base = tiny("deepseek_v32")
+    for module in base.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = 3
+    one, other = tokens(8), tokens(6, seed=1)
+    stock_TV = base(input_ids=one[None], use_cache=False).logits[0]
+    lm = PrefixLM(base)
+    table_PD = noisy_table(lm)
+    alone = [lm.logits(batch_of([document]), table_PD, lm.slots) for document in (one, other)]
+    assert distance(lm.logits(batch_of([one]), None, ()), stock_TV) < EXACT
+    assert distance(lm.logits(batch_of([one, other]), table_PD, lm.slots), torch.cat(alone)) < EXACT
+
+
+def test_a_window_never_hides_the_prefix() -> None:
+    config = tiny_config("mistral", window=2)
+    config.num_hidden_layers = 1  # so that a place sees only what its own window shows
+    lm = PrefixLM(AutoModelForCausalLM.from_config(config).double().requires_grad_(False))
+    table_PD, batch = noisy_table(lm), batch_of([tokens(9)])
+    for place in (0, 8):
+        last = replace(batch, target_index_M=batch.target_index_M[place : place + 1])
+        (grad_PD,) = torch.autograd.grad(lm.logits(last, table_PD, lm.slots).pow(2).sum(), table_PD)
+        assert (grad_PD.abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_masks_keep_their_kind_and_show_the_prefix(dtype: torch.dtype) -> None:
+    causal = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    low = torch.finfo(torch.float32 if dtype == torch.bool else dtype).min
+    mask = causal if dtype == torch.bool else torch.zeros(causal.shape, dtype=dtype).masked_fill(~causal, low)
+    documents_BT = documents_of(torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]) + 7)
+    wide = widened(mask, 3, documents_BT, None)
+    seen = wide if dtype == torch.bool else wide == 0
+    assert wide.dtype == dtype
+    assert seen[..., :3].all()
+    assert seen[0, 0, :, 3:].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert seen[1, 0, :, 3:].equal(causal[1, 0])
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma2", 2)])
+def test_one_mask_serves_all_layers_of_a_kind(
+    family: str, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, made = PrefixLM(tiny(family, window=4)), []
+
+    def spy(*args: Any) -> Tensor:
+        made.append(widened(*args))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "widened", spy)
+    grad_of(lm, batch_of([tokens(9)]), noisy_table(lm))
+    assert len(made) == kinds
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 1000, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_in_chunks_is_the_plain_one(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likelihood, "_CHUNK_NUMBERS", chunk)
+    logits, targets = torch.randn(9, 33).mul(4).to(dtype).requires_grad_(), torch.arange(9)
+    wide = logits.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    ours, plain = (
+        summed_nll(logits, targets),
+        torch.nn.functional.cross_entropy(wide, targets, reduction="sum"),
+    )
+    (3 * ours).backward()
+    (3 * plain).backward()
+    assert logits.grad is not None
+    assert wide.grad is not None
+    assert ours.dtype == plain.dtype
+    assert distance(ours, plain) < 1e-6
+    assert distance(logits.grad, wide.grad.to(dtype)) < torch.finfo(dtype).eps * 16
+
+
+def test_a_batch_without_targets_runs_through_all_layers_and_gives_zeros(llama: PrefixLM) -> None:
+    batch = replace(batch_of([tokens(8)]), target_index_M=torch.arange(0), target_ids_M=torch.arange(0))
+    with calls_of(llama.base.model.layers[3]) as calls, calls_of(llama.base.lm_head) as output_calls:
+        loss, grad_PD = grad_of(llama, batch, noisy_table(llama))
+    assert loss.item() == 0
+    assert (grad_PD == 0).all()
+    assert len(calls) == len(output_calls) == 1
+
+
+def test_only_targets_reach_the_output_layer(llama: PrefixLM) -> None:
+    shapes = []
+    llama.base.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(tuple(logits.shape)))
+    batch = batch_of([tokens(6)], [tokens(6, seed=1)])
+    llama.loss(
+        replace(batch, target_index_M=torch.tensor([7, 2]), target_ids_M=torch.tensor([5, 6])), None, ()
+    )
+    assert shapes == [(1, 2, 100)]
+
+
+def test_bfloat16_is_near_float32_and_gives_float32() -> None:
+    near, exact = PrefixLM(tiny("llama").bfloat16()), PrefixLM(tiny("llama").float())
+    batch, table_PD = batch_of([tokens(9), tokens(7, seed=1)]), noisy_table(exact).float()
+    (loss, grad_PD), (true_loss, true_PD) = (grad_of(lm, batch, table_PD) for lm in (near, exact))
+    assert loss.dtype == grad_PD.dtype == torch.float32
+    assert loss.item() == pytest.approx(true_loss.item(), rel=0.02)
+    assert torch.nn.functional.cosine_similarity(grad_PD.flatten(), true_PD.flatten(), dim=0) > 0.99
+
+
+def test_dropout_is_off_even_in_train_mode() -> None:
+    config = tiny_config("gpt2")
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.5
+    lm = PrefixLM(AutoModelForCausalLM.from_config(config).double().requires_grad_(False), recompute=True)
+    batch, table_PD = batch_of([tokens(9)]), noisy_table(lm)
+    first, _ = grad_of(lm, batch, table_PD)
+    lm.base.train()
+    assert grad_of(lm, batch, table_PD)[0].equal(first)
+
+
+# ----------------------------------------------------------------------------------- recomputation, memory
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_layer_attends_once_more_if_it_is_recomputed(recompute: bool) -> None:
+    lm = PrefixLM(tiny("llama"), recompute=recompute)
+    table_PD = noisy_table(lm)
+    with (
+        calls_of(lm.base.model.layers[0].self_attn) as first,
+        calls_of(lm.base.model.layers[3].self_attn) as last,
+    ):
+        loss = lm.loss(batch_of([tokens(8)]), table_PD, lm.slots)
+        assert (len(first), len(last)) == (1, 1)
+        loss.backward()
+    assert (len(first), len(last)) == ((2, 2) if recompute else (1, 1))
+
+
+def test_recomputation_keeps_less() -> None:
+    kept = {}
+    for recompute in (False, True):
+        lm = PrefixLM(tiny("llama"), recompute=recompute)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            lm.loss(batch_of([tokens(60)]), noisy_table(lm), lm.slots)
+        kept[recompute] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
+def test_a_base_that_was_recomputed_still_generates_with_its_cache() -> None:
+    lm = PrefixLM(tiny("llama"), recompute=True)
+    table_PD = noisy_table(lm)
+    before = answers(lm, [tokens(5).tolist()], table_PD)
+    grad_of(lm, batch_of([tokens(8)]), table_PD)
+    with calls_of(lm.base.model.layers[0]) as calls:
+        assert answers(lm, [tokens(5).tolist()], table_PD) == before
+    assert len(calls) == 4
+    assert not any(module.training for module in lm.base.modules())
+
+
+def test_two_models_at_once_keep_their_own_prefix() -> None:
+    one, other = (PrefixLM(tiny(family), recompute=True) for family in ("llama", "qwen2"))
+    batch, one_PD, other_PD = batch_of([tokens(8), tokens(3)]), noisy_table(one), noisy_table(other)
+    expected = [grad_of(lm, batch, table_PD)[1] for lm, table_PD in ((one, one_PD), (other, other_PD))]
+    losses = one.loss(batch, one_PD, one.slots), other.loss(batch, other_PD, other.slots)
+    for loss in losses:
+        loss.backward()
+    assert [one_PD.grad, other_PD.grad] == [pytest.approx(grad, abs=0) for grad in expected]
+
+
+def test_a_detached_prefix_is_neither_seen_nor_kept(llama: PrefixLM) -> None:
+    whole = batch_of([tokens(8)])
+    bare = llama.logits(whole, None, ())
+    table_PD = noisy_table(llama) * 1.0  # no leaf: it has a graph
+    kept = weakref.ref(table_PD)
+    llama.loss(whole, table_PD, llama.slots).backward()
+    llama.detach()
+    del table_PD
+    gc.collect()
+    assert kept() is None
+    assert distance(llama.base(input_ids=whole.ids_BT).logits[0], bare) < EXACT
+
+
+def test_whoever_calls_the_base_gets_the_prefix(llama: PrefixLM) -> None:
+    table_PD, text = noisy_table(llama, length=3), batch_of([tokens(8)])
+    with llama.prefixed(table_PD, llama.slots):
+        theirs = llama.base(input_ids=text.ids_BT, position_ids=text.positions_BT + 3).logits[0]
+    assert distance(theirs, llama.logits(text, table_PD, llama.slots)) < EXACT
+
+
+def test_attention_that_was_exchanged_is_noticed(llama: PrefixLM) -> None:
+    llama.base.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="prefix was not seen"):
+        llama.loss(batch_of([tokens(8)]), noisy_table(llama), llama.slots)
+
+
+# ----------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize(("choice", "own_calls"), [("auto", 0), ("sdpa", 0), ("eager", 4)])
+def test_the_attention_asked_for_is_used(
+    choice: Any, own_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, calls, own = PrefixLM(tiny("llama"), attention=choice), [], modeling_llama.eager_attention_forward
+
+    def spy(*args: Any, **options: Any) -> Any:
+        calls.append(None)
+        return own(*args, **options)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", spy)
+    lm.loss(batch_of([tokens(8)]), noisy_table(lm), lm.slots)
+    assert len(calls) == own_calls
+
+
+def test_sdpa_is_refused_where_it_would_leave_something_out() -> None:
+    with pytest.raises(ModelError, match="sdpa, but the attention of gemma2"):
+        PrefixLM(tiny("gemma2"), attention="sdpa")
+
+
+# ------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bart"])
+def test_a_step_mixes_no_devices_and_waits_for_none(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device a number that is read, or a tensor that lies elsewhere, is an error."""
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda _: True)  # else it reads one number a mask
+    meta = torch.device("meta")
+    lm = PrefixLM(tiny(family), recompute=True)
+    lm.base.to(meta)
+    batch = batch_of([tokens(5), tokens(4)]).to(meta)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        batch.ids_BT.sum().item()
+    table_PD = noisy_table(lm).detach().to(meta).requires_grad_()
+    lm.loss(batch, table_PD, lm.slots).backward()
+    assert table_PD.grad is not None
