@@ -1,10 +1,10 @@
 """What MLflow has of a run: `RUN/mlflow.json`.
 
-For every metric the last step the server has confirmed, with its time and value. A run that goes on from a checkpoint
-writes some steps again, with the same values to the last bit; they are not sent twice, since MLflow would
-show both. (After a change that alters the numbers, say another micro-batch size, MLflow keeps the first
-version of those steps, metrics.jsonl the last.) Only the last step may be said again with another value:
-a second evaluation of the same prefix.
+For every metric the last step the server has confirmed, with its time and value. A run that goes on from a
+checkpoint writes some steps again, with the same values to the last bit; they are not sent twice, since
+MLflow would show both. (After a change that alters the numbers, say another micro-batch size, MLflow keeps
+the first version of those steps, metrics.jsonl the last.) Only the last step may be said again with another
+value: a second evaluation of the same prefix.
 
 One process at a time writes the file: the holder of `only_writer`.
 
