@@ -8,15 +8,12 @@ The servers are real: MLflow's own on loopback, and a socket that accepts and ne
 
 import contextlib
 import logging
-import os
 import random
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +21,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow_server import MlflowServer, free_port, silent_server
 
 from prefix_ds.errors import RunError, Stopped
 from prefix_ds.tracking import (
@@ -41,48 +39,6 @@ from prefix_ds.tracking.state import only_writer, read_state
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 20.0
-SERVER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # twice as fast to start
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class MlflowServer:
-    """A real server on loopback, in a process group of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | SERVER_ENVIRONMENT
-            )
-        deadline = time.monotonic() + 90
-        while not self._answers():
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200)
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +50,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 @pytest.fixture
 def hanging_uri() -> Iterator[str]:
-    """A server that takes every connection and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        connections: list[socket.socket] = []
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connections.append(listener.accept()[0])
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        for connection in connections:
-            connection.close()
-        assert connections, "nobody asked"
+    with silent_server() as uri:
+        yield uri
 
 
 @pytest.fixture(autouse=True)
@@ -305,17 +248,36 @@ def test_a_value_the_server_refuses_holds_up_nothing(
     assert "MLflow refuses bad of step" in caplog.text
 
 
-def test_a_database_is_a_server_too(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_database_is_a_server_too(
+    server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copy(server.folder / "mlflow.db", tmp_path / "my.db")  # making one takes ten times as long
     monkeypatch.chdir(tmp_path)
-    with open_tracker(
-        run, facts_of(run), uri="sqlite:///my.db", resume_step=None, patience_seconds=40
-    ) as tracker:
+    facts = Facts("without a server", run.name, {}, {})  # with a file store of its own
+    with open_tracker(run, facts, uri="sqlite:///my.db", resume_step=None, patience_seconds=40) as tracker:
         write_losses(tracker, range(20))
     monkeypatch.chdir("/")
     uri = f"sqlite:///{tmp_path / 'my.db'}"
     assert history(uri, only_run(uri, run)) == losses(range(20))
     assert sync_run(run, "sqlite:///my.db") == 0  # the database of the run, not one in this folder
     assert sync_run(run) == 0
+
+
+def test_a_store_that_takes_no_files_keeps_no_metric_waiting(
+    server: MlflowServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = server.folder / "a file"
+    file.write_text("")
+    MlflowClient(server.uri).create_experiment("no files", f"{file}/below")
+    facts = Facts("no files", run.name, {}, {})
+    with open_tracker(run, facts, uri=server.uri, resume_step=None, patience_seconds=PATIENCE) as tracker:
+        write_losses(tracker, range(20))
+    found = only_run(server.uri, run)
+    assert (found.info.status, history(server.uri, found)) == ("FINISHED", losses(range(20)))
+    assert "MLflow takes no files" in caplog.text
+    assert f"prefix-ds sync {run}" in caplog.text
+    with pytest.raises(RunError, match="MLflow did not take everything"):
+        sync_run(run, server.uri)
 
 
 # MLflow never stops or slows the trainer

@@ -5,13 +5,14 @@ safetensors rather than torch.save: no pickle, so opening somebody's file runs n
 Knows nothing of runs, steps or prefixes.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -55,23 +56,31 @@ def read_tensors(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[s
 
     `like` says which names, shapes and dtypes are expected. Raises RunError naming the tensor that differs.
     """
-    tensors, _ = read_tensors_and_text(path)
+    with _telling_damage(path), safe_open(path, "pt") as file:
+        # Cloned: a mapped tensor would read from a file that pruning may remove.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if like is not None:
         _check(path, tensors, like)
     return tensors
 
 
 def read_tensors_and_text(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the text that were written together. Raises RunError.
+    """The tensors and the text that were written together, also while a writer replaces the file.
 
-    The file is opened once: safetensors opens it by name a second time for the numbers, and when a writer
-    replaces it in between, gives one file's names with the other's numbers.
+    Read in one go: safetensors opens a path once for the header and once more for the numbers, and the two
+    may be of different files then. Raises RunError.
     """
-    try:
+    with _telling_damage(path):
         content = path.read_bytes()
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return tensors, header.get("__metadata__", {}).get("prefix_ds", "")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__", {}).get("prefix_ds", "")
+
+
+@contextlib.contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from error
 

@@ -77,10 +77,12 @@ class Mirror:
         self._run, self._machine, self._trainer = run, machine, trainer
         self._failures = 0
         self._told_run = ""
+        self._files_failed = False
+        self.has_all = False  # the server has everything
         self._next_files = 0.0
 
     def follow(self) -> None:
-        """Returns when the trainer has ended and the server knows everything."""
+        """Returns when the trainer has ended and the server knows how."""
         while not self._trainer.has_ended.is_set():
             self._trainer.has_ended.wait(self._try(self._catch_up))
         while True:
@@ -111,8 +113,8 @@ class Mirror:
         if sample := self._machine.sample():
             self._run.send_sample(sample)
         if time.monotonic() >= self._next_files:
-            self._run.send_files(is_last=False)
             self._next_files = time.monotonic() + _FILES_SECONDS
+            self._send_files(is_last=False)
 
     def _open(self) -> None:
         self._run.open()
@@ -124,8 +126,19 @@ class Mirror:
         self._open()
         for _ in self._run.send_metrics():
             pass
-        self._run.send_files(is_last=True)
         self._run.send_status(self._trainer.status)
+        self.has_all = self._send_files(is_last=True)
+
+    def _send_files(self, is_last: bool) -> bool:
+        """A store for files that fails, as one without a password here, keeps no metric waiting."""
+        try:
+            self._run.send_files(is_last)
+        except Exception as error:
+            if not self._files_failed:
+                log.warning("MLflow takes no files: %s", _short(error))
+            self._files_failed = True
+            return False
+        return True
 
 
 def main() -> int:
@@ -143,20 +156,22 @@ def main() -> int:
         with only_writer(run, patience_seconds=patience + 10):  # a killed trainer's mirror may still be there
             if trainer.wishes["is_new"]:
                 forget_state(run)
-            _follow(run, uri, trainer)
+            has_all = _follow(run, uri, trainer)
     except Exception as error:
         log.error("MLflow gets nothing more: %s", _short(error))
         return _INCOMPLETE
-    return 0
+    return 0 if has_all else _INCOMPLETE
 
 
-def _follow(run: Path, uri: str, trainer: Trainer) -> None:
+def _follow(run: Path, uri: str, trainer: Trainer) -> bool:
     from prefix_ds.tracking.machine import Machine
     from prefix_ds.tracking.mlflow_run import MlflowRun
     from prefix_ds.tracking.mlflow_terms import quiet_mlflow
 
     quiet_mlflow()
-    Mirror(MlflowRun(run, uri), Machine(uri), trainer).follow()
+    mirror = Mirror(MlflowRun(run, uri), Machine(uri), trainer)
+    mirror.follow()
+    return mirror.has_all
 
 
 def _end_in_time(trainer: Trainer, patience_seconds: float) -> None:
