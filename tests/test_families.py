@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from laws import batch_of, calls_of, distance, seen_steps, table_of
-from tiny_models import FAMILIES, tiny
 from torch import Tensor
 
 from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.families import REFUSED
+from tests.laws import batch_of, calls_of, distance, seen_steps, table_of
+from tests.tiny_models import FAMILIES, tiny
 
 TOLERANCE = 1e-12  # relative to the largest logit
 WRONG = 1e-2  # what a missing or misplaced prefix exceeds by far

@@ -21,7 +21,6 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow_server import MlflowServer, free_port, silent_server
 
 from prefix_ds.errors import RunError, Stopped
 from prefix_ds.tracking import (
@@ -36,6 +35,7 @@ from prefix_ds.tracking import (
 from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.mlflow_run import MlflowRun
 from prefix_ds.tracking.state import only_writer, read_state
+from tests.mlflow_server import MlflowServer, free_port, silent_server
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 20.0

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
-from tiny_models import tiny, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
@@ -23,6 +21,8 @@ from prefix_ds.model.attention import documents_of, widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.prefix import keys_values_of
 from prefix_ds.prefix import table_of as float32_table_of
+from tests.laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
+from tests.tiny_models import tiny, tiny_config
 
 EXACT = 1e-12
 
