@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prefix_ds.config import RunConfig, config_text, differing_keys, read_config
 from prefix_ds.errors import RunError
-from prefix_ds.files import restore_folder, telling_disk_errors, write_text_atomically
+from prefix_ds.files import hold_alone, restore_folder, telling_disk_errors, write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def claim(config: RunConfig) -> RunFolder:
         )
     with telling_disk_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
+        if not hold_alone(folder.path / ".lock"):
+            raise RunError(f"run.folder: {folder.path}: another process is training in it")
     restore_folder(folder.model)
     write_text_atomically(folder.config_file, config_text(config))
     return folder
