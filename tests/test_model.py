@@ -262,9 +262,14 @@ def test_bfloat16_is_near_float32_and_gives_float32() -> None:
     assert torch.nn.functional.cosine_similarity(grad_PD.flatten(), true_PD.flatten(), dim=0) > 0.99
 
 
-def test_dropout_is_off_even_in_train_mode() -> None:
-    config = tiny_config("gpt2")
-    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.5
+@pytest.mark.parametrize(
+    ("family", "dropouts"),
+    [("gpt2", ["attn_pdrop", "resid_pdrop", "embd_pdrop"]), ("llama", ["attention_dropout"])],
+)
+def test_dropout_is_off_even_in_train_mode(family: str, dropouts: list[str]) -> None:
+    config = tiny_config(family)
+    for name in dropouts:
+        setattr(config, name, 0.5)
     lm = PrefixLM(AutoModelForCausalLM.from_config(config).double().requires_grad_(False), recompute=True)
     batch, table_PD = batch_of([tokens(9)]), noisy_table(lm)
     first, _ = grad_of(lm, batch, table_PD)

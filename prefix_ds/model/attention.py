@@ -15,8 +15,10 @@ times in a forward pass has a place for a prefix in each; recomputation repeats 
 count of calls its layer began with.
 
 Masks: ours are never left out (`None` means two different things to torch), bool for scaled dot product and
-additive for the models' own functions. The prefix is visible to every position, whatever the window. One
-widened mask serves all layers of a kind.
+additive for the models' own functions. The prefix is visible to every position, whatever the window.
+Documents in a row are hidden from each other here, for transformers does it only for families that tell its
+mask functions the positions, and gpt_oss, OPT and twenty more do not. One widened mask serves all layers of a
+kind.
 
 Knows nothing of what is trained, of losses or of devices.
 """
