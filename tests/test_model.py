@@ -326,17 +326,19 @@ def test_two_models_at_once_keep_their_own_prefix() -> None:
     assert [one_PD.grad, other_PD.grad] == [pytest.approx(grad, abs=0) for grad in expected]
 
 
-def test_a_detached_prefix_is_neither_seen_nor_kept(llama: PrefixLM) -> None:
-    whole = batch_of([tokens(8)])
-    bare = llama.logits(whole, None, ())
-    table_PD = noisy_table(llama) * 1.0  # no leaf: it has a graph
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_a_detached_prefix_is_neither_seen_nor_kept(family: str) -> None:
+    base, whole = tiny(family), batch_of([tokens(8)])
+    stock_TV = base(input_ids=whole.ids_BT).logits[0]
+    lm = PrefixLM(base)
+    table_PD = noisy_table(lm) * 1.0  # no leaf: it has a graph
     kept = weakref.ref(table_PD)
-    llama.loss(whole, table_PD, llama.slots).backward()
-    llama.detach()
+    lm.loss(whole, table_PD, lm.slots).backward()
+    lm.detach()
     del table_PD
     gc.collect()
     assert kept() is None
-    assert distance(llama.base(input_ids=whole.ids_BT).logits[0], bare) < EXACT
+    assert distance(base(input_ids=whole.ids_BT).logits[0], stock_TV) < EXACT
 
 
 def test_whoever_calls_the_base_gets_the_prefix(llama: PrefixLM) -> None:

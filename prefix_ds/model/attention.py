@@ -71,14 +71,15 @@ class Joint:
     def __init__(self, base: nn.Module) -> None:
         """Marks every module of the base, since only a forward pass tells which attend."""
         self.calls: Counter[str] = Counter()
-        self._wide_masks: _WideMasks = WeakTensorKeyDictionary()
+        self._wide_masks: _WideMasks = (
+            WeakTensorKeyDictionary()
+        )  # one lives as long as the mask it is made of
         for name, module in base.named_modules():
             setattr(module, _MARK, (self, name))
         base.register_forward_pre_hook(self._start)
 
     def _start(self, *_: object) -> None:
         self.calls = Counter()
-        self._wide_masks = WeakTensorKeyDictionary()
 
     def joined(
         self, name: str, key_BNTH: Tensor, value_BNTH: Tensor, mask: Tensor
