@@ -5,6 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
+from safetensors.torch import save_file
 
 from prefix_ds.check import check_run
 from prefix_ds.config import parse_config
@@ -24,11 +25,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose base is a tokenizer and files that are no weights."""
+    """A run whose base is a tokenizer and files with no weights in them."""
     base = tmp_path / "base"
     trained_tokenizer([row["q"] for row in ROWS], 300).save_pretrained(base)
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (base / "model.safetensors").write_text("not weights")
+    save_file({}, base / "model.safetensors")
     for split, rows in (("train", ROWS), ("valid", ROWS[:3])):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
