@@ -38,7 +38,7 @@ def common(local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank
 def train(run_file: RunFile, overrides: Overrides = None) -> None:
     """Train what run.yaml describes; started again, go on.
 
-    One process, or any rank of torchrun or deepspeed.
+    One process, or any rank of torchrun or deepspeed. All keys: prefix-ds config.
     """
     from prefix_ds.config import read_config
     from prefix_ds.train import train as run

@@ -10,6 +10,7 @@ Knows nothing of what is in the files; imports no torch.
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ TEMPORARY = ".tmp-"
 OLD = ".old-"
 
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
+_NO_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+}  # a network filesystem without them: go on unprotected
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -92,6 +98,20 @@ def telling_disk_errors(path: Path | str) -> Iterator[None]:
                 f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
             ) from error
         raise
+
+
+def hold_alone(path: Path) -> bool:
+    """Takes a lock on a file until this process ends, however it ends; False if another process has it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)  # never closed: the lock lives as long as it is open
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def sync(path: Path) -> None:

@@ -18,4 +18,5 @@ def check_base(config: RunConfig) -> None:
         return
     base_config = vetted_config(config.model)
     if config.train.method == "prefix":
-        check_family(str(base_config.model_type))
+        for part in (base_config, base_config.get_text_config(decoder=True)):
+            check_family(str(part.model_type))

@@ -57,8 +57,8 @@ class MlflowServer:
 
 
 @contextlib.contextmanager
-def silent_server() -> Iterator[str]:
-    """A server that takes every connection and never says a word."""
+def silent_server() -> Iterator[tuple[str, list[socket.socket]]]:
+    """A server that takes every connection and never says a word: its URI and the connections so far."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connections: list[socket.socket] = []
 
@@ -68,8 +68,7 @@ def silent_server() -> Iterator[str]:
                     connections.append(listener.accept()[0])
 
         threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
         listener.shutdown(socket.SHUT_RDWR)
         for connection in connections:
             connection.close()
-        assert connections, "nobody asked"

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefix_ds.errors import EXIT_USER
 from tests.ranks import command
 
-CONFIGURATION = {"run.yaml", "deepspeed.json"}  # all that a start that failed may leave
+CONFIGURATION = {"run.yaml", "deepspeed.json", ".lock"}  # all that a start that failed may leave
 
 
 def refusal(*words, size=1, run=None, after_log=False, before=None):

@@ -12,7 +12,7 @@ import pytest
 from prefix_ds.checkpoint import latest, read_prefix
 from prefix_ds.config import config_text, read_config
 from tests.ranks import command
-from tests.refusals import contents, refusal
+from tests.refusals import CONFIGURATION, contents, refusal
 from tests.test_laws import bytes_of
 from tests.tiny_models import tiny
 from tests.workshop import base_folder, run_config
@@ -157,7 +157,7 @@ def test_a_disk_that_becomes_full(place, disk, moment, size):
         assert latest(folder / "run").step == 2
         read_prefix(folder / "run" / "prefix")
     else:
-        assert contents(folder / "run") <= {"run.yaml", "deepspeed.json", "facts.json"}
+        assert contents(folder / "run") <= CONFIGURATION | {"facts.json"}
     (folder / "full").unlink()
     for ended in command(*words, size=size):
         assert ended.code == 0, ended.err

@@ -73,12 +73,12 @@ def test_a_sound_run_shows_three_examples_and_the_lengths_of_all_splits(run, tmp
 
 def test_prompt_and_target_have_colours_of_their_own(run):
     page = checked(run(), force_terminal=True, color_system="standard")
-    assert "\x1b[36mhow many are 0 and [1]?\x1b[0m⟦\x1b[1;32m exactly 1" in page
+    assert f"\x1b[36m{END}how many are 0 and [1]?\x1b[0m⟦\x1b[1;32m exactly 1" in page
 
 
 def test_what_would_be_cut_or_dropped_is_told(run):
-    assert "12 prompts cut" in checked(run("data.max_length=16"))
-    page = checked(run("data.max_length=18", "data.too_long=drop"))
+    assert "12 prompts cut" in checked(run("data.max_length=17"))
+    page = checked(run("data.max_length=19", "data.too_long=drop"))
     assert "train: 11 examples" in page
     assert "1 dropped" in page
 
@@ -89,9 +89,9 @@ def test_everything_that_is_wrong_is_told_at_once(run, tmp_path):
         run(
             "model.tokenizer=./nowhere",
             "engine.deepspeed=zero9",
-            "data.prompt='{qq}'",
-            "data.target='{a!r}'",
-            "data.references='{a}'",
+            "data.prompt={qq}",
+            "data.target={a!r}",
+            "data.references={a}",
             f"data.train=[{tmp_path}/gone.jsonl, {tmp_path}/valid.jsonl, {tmp_path}/train.tsv]",
             f"data.test={tmp_path}/valid.jsonl",
         )

@@ -199,7 +199,7 @@ def killed_soon(work: Callable[[], None], after_seconds: float) -> None:
         has_begun.set()
         work()
 
-    process = FORK.Process(target=begin_and_work)
+    process = FORK.Process(target=begin_and_work, daemon=True)
     process.start()
     has_begun.wait()
     time.sleep(after_seconds)

@@ -5,11 +5,11 @@ Their logits are compared in test_families.py, for all families.
 
 import pytest
 import torch
-from laws import answers, noisy_table, tokens
-from tiny_models import tiny
 from transformers import GenerationConfig
 
 from prefix_ds.model import PrefixLM
+from tests.laws import answers, noisy_table, tokens
+from tests.tiny_models import tiny
 
 
 @pytest.fixture

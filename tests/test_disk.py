@@ -46,7 +46,7 @@ def outcome_with_little_space(work: Callable[[], None], limit_bytes: int) -> str
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
         questions.send(outcome(work))
 
-    process = FORK.Process(target=limited)
+    process = FORK.Process(target=limited, daemon=True)
     process.start()
     answer: str = answers.recv()
     process.join()

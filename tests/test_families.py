@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from laws import batch_of, calls_of, distance, seen_steps, table_of
-from tiny_models import FAMILIES, tiny
 from torch import Tensor
 
 from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.families import REFUSED
+from tests.laws import batch_of, calls_of, distance, seen_steps, table_of
+from tests.tiny_models import FAMILIES, tiny
 
 TOLERANCE = 1e-12  # relative to the largest logit
 WRONG = 1e-2  # what a missing or misplaced prefix exceeds by far
@@ -283,10 +283,16 @@ def test_attention_of_another_kind_is_refused(family: str) -> None:
         PrefixLM(tiny(family))
 
 
+def named(family: str) -> Any:
+    """What little of a base is looked at before it is refused."""
+    config = SimpleNamespace(model_type=family)
+    config.get_text_config = lambda decoder: config
+    return SimpleNamespace(config=config)
+
+
 @pytest.mark.parametrize("family", REFUSED_BY_NAME)
 def test_what_a_trial_would_not_show_is_refused_by_name(family: str) -> None:
-    nameless = SimpleNamespace(config=SimpleNamespace(model_type=family))
-    base: Any = nameless if family in NO_TINY_MODEL else tiny(family)
+    base: Any = named(family) if family in NO_TINY_MODEL else tiny(family)
     assert base.config.model_type in REFUSED
     with pytest.raises(ModelError, match=REFUSED_BY_NAME[family]):
         PrefixLM(base)

@@ -93,9 +93,8 @@ mlflow: {{uri: null}}
     model = result_of(pretrain)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     ids = torch.tensor([words("the cat sleeps").input_ids])
-    written = words.decode(
-        model.generate(ids, max_new_tokens=4, do_sample=False)[0], skip_special_tokens=True
-    )
+    answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0]
+    written = words.decode(answer, skip_special_tokens=True)
     assert written.startswith("the cat sleeps under the tree")
     on_ranks(1, train_here, changed(prefix, f"model.name={pretrain.run.folder}/model"))
     assert len(metrics(prefix)) == 9

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
-from tiny_models import tiny, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
@@ -23,6 +21,8 @@ from prefix_ds.model.attention import documents_of, widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.prefix import keys_values_of
 from prefix_ds.prefix import table_of as float32_table_of
+from tests.laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
+from tests.tiny_models import tiny, tiny_config
 
 EXACT = 1e-12
 
@@ -262,9 +262,14 @@ def test_bfloat16_is_near_float32_and_gives_float32() -> None:
     assert torch.nn.functional.cosine_similarity(grad_PD.flatten(), true_PD.flatten(), dim=0) > 0.99
 
 
-def test_dropout_is_off_even_in_train_mode() -> None:
-    config = tiny_config("gpt2")
-    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.5
+@pytest.mark.parametrize(
+    ("family", "dropouts"),
+    [("gpt2", ["attn_pdrop", "resid_pdrop", "embd_pdrop"]), ("llama", ["attention_dropout"])],
+)
+def test_dropout_is_off_even_in_train_mode(family: str, dropouts: list[str]) -> None:
+    config = tiny_config(family)
+    for name in dropouts:
+        setattr(config, name, 0.5)
     lm = PrefixLM(AutoModelForCausalLM.from_config(config).double().requires_grad_(False), recompute=True)
     batch, table_PD = batch_of([tokens(9)]), noisy_table(lm)
     first, _ = grad_of(lm, batch, table_PD)
@@ -321,17 +326,19 @@ def test_two_models_at_once_keep_their_own_prefix() -> None:
     assert [one_PD.grad, other_PD.grad] == [pytest.approx(grad, abs=0) for grad in expected]
 
 
-def test_a_detached_prefix_is_neither_seen_nor_kept(llama: PrefixLM) -> None:
-    whole = batch_of([tokens(8)])
-    bare = llama.logits(whole, None, ())
-    table_PD = noisy_table(llama) * 1.0  # no leaf: it has a graph
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_a_detached_prefix_is_neither_seen_nor_kept(family: str) -> None:
+    base, whole = tiny(family), batch_of([tokens(8)])
+    stock_TV = base(input_ids=whole.ids_BT).logits[0]
+    lm = PrefixLM(base)
+    table_PD = noisy_table(lm) * 1.0  # no leaf: it has a graph
     kept = weakref.ref(table_PD)
-    llama.loss(whole, table_PD, llama.slots).backward()
-    llama.detach()
+    lm.loss(whole, table_PD, lm.slots).backward()
+    lm.detach()
     del table_PD
     gc.collect()
     assert kept() is None
-    assert distance(llama.base(input_ids=whole.ids_BT).logits[0], bare) < EXACT
+    assert distance(base(input_ids=whole.ids_BT).logits[0], stock_TV) < EXACT
 
 
 def test_whoever_calls_the_base_gets_the_prefix(llama: PrefixLM) -> None:

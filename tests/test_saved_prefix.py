@@ -67,7 +67,7 @@ def killed_soon(work: Callable[[], None], after_seconds: float) -> None:
         has_begun.set()
         work()
 
-    process = FORK.Process(target=begin_and_work)
+    process = FORK.Process(target=begin_and_work, daemon=True)
     process.start()
     has_begun.wait()
     time.sleep(after_seconds)
@@ -97,7 +97,7 @@ def test_a_prefix_is_old_or_new_and_never_a_mix(tmp_path: Path) -> None:
     for _ in range(20):
         killed_soon(lambda: write_prefixes_for_ever(folder), 0.02 + 0.04 * chance.random())
         assert_prefix_is_whole(folder)
-    writer = FORK.Process(target=write_prefixes_for_ever, args=(folder,))
+    writer = FORK.Process(target=write_prefixes_for_ever, args=(folder,), daemon=True)
     writer.start()
     steps: set[int] = set()
     deadline = time.monotonic() + 30

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from prefix_ds.errors import RunError
+from prefix_ds.errors import RunError, Stopped
 from prefix_ds.tracking import (
     Facts,
     flattened,
@@ -20,6 +20,7 @@ from prefix_ds.tracking import (
     process_tags,
     progress_bar,
     read_metrics,
+    sync_run,
 )
 from prefix_ds.tracking import progress as progress_module
 from prefix_ds.tracking.facts import read_facts
@@ -174,6 +175,24 @@ def test_process_tags_tell_how_to_do_it_again() -> None:
     assert tags["version.torch"].startswith("2.")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     assert tags.get("mlflow.source.git.commit", "") == commit.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (Stopped(), "KILLED"), (ValueError(), "FAILED")]
+)
+def test_the_status_tells_how_the_run_ended(run: Path, error: BaseException | None, status: str) -> None:
+    with (
+        contextlib.suppress(Stopped, ValueError),
+        open_tracker(run, facts_of(run), uri=None, resume_step=None),
+    ):
+        if error is not None:
+            raise error
+    assert read_facts(run).status == status
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"facts\.json.*a run folder was expected"):
+        sync_run(tmp_path, "http://nowhere")
 
 
 # Progress

@@ -15,8 +15,10 @@ times in a forward pass has a place for a prefix in each; recomputation repeats 
 count of calls its layer began with.
 
 Masks: ours are never left out (`None` means two different things to torch), bool for scaled dot product and
-additive for the models' own functions. The prefix is visible to every position, whatever the window. One
-widened mask serves all layers of a kind.
+additive for the models' own functions. The prefix is visible to every position, whatever the window.
+Documents in a row are hidden from each other here, for transformers does it only for families that tell its
+mask functions the positions, and gpt_oss, OPT and twenty more do not. One widened mask serves all layers of a
+kind.
 
 Knows nothing of what is trained, of losses or of devices.
 """
@@ -69,14 +71,15 @@ class Joint:
     def __init__(self, base: nn.Module) -> None:
         """Marks every module of the base, since only a forward pass tells which attend."""
         self.calls: Counter[str] = Counter()
-        self._wide_masks: _WideMasks = WeakTensorKeyDictionary()
+        self._wide_masks: _WideMasks = (
+            WeakTensorKeyDictionary()
+        )  # one lives as long as the mask it is made of
         for name, module in base.named_modules():
             setattr(module, _MARK, (self, name))
         base.register_forward_pre_hook(self._start)
 
     def _start(self, *_: object) -> None:
         self.calls = Counter()
-        self._wide_masks = WeakTensorKeyDictionary()
 
     def joined(
         self, name: str, key_BNTH: Tensor, value_BNTH: Tensor, mask: Tensor

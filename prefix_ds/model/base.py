@@ -16,9 +16,14 @@ AttentionChoice = Literal["auto", "sdpa", "eager"]
 
 def family_of(base: Any) -> str:
     """The name of the base's family. Raises ModelError for those known not to work."""
-    family = str(base.config.model_type)
-    check_family(family)
-    return family
+    for family in (base.config.model_type, text_config(base).model_type):
+        check_family(family)
+    return str(base.config.model_type)
+
+
+def text_config(base: Any) -> Any:
+    """The configuration of the part that writes text: of most bases, the only one."""
+    return base.config.get_text_config(decoder=True)
 
 
 def silence(base: nn.Module) -> None:
@@ -34,7 +39,7 @@ def silence(base: nn.Module) -> None:
 
 def switch_attention(base: Any, choice: AttentionChoice) -> None:
     """The base calls our attention, over torch's or over its own. Raises ModelError for what it cannot do."""
-    stock = base.config.get_text_config(decoder=True)._attn_implementation
+    stock = text_config(base)._attn_implementation
     if choice == "sdpa" and not (base._supports_sdpa or stock in ("sdpa", OVER_SDPA)):
         raise ModelError(
             f"model.attention: sdpa, but the attention of {base.config.model_type} does more than sdpa can "
@@ -43,7 +48,7 @@ def switch_attention(base: Any, choice: AttentionChoice) -> None:
     over_own = choice == "eager" or (choice == "auto" and stock in ("eager", OVER_OWN))
     ours = OVER_OWN if over_own else OVER_SDPA
     base.set_attn_implementation(ours)
-    if base.config.get_text_config(decoder=True)._attn_implementation != ours:
+    if text_config(base)._attn_implementation != ours:
         raise no_attention_to_join(base)  # transformers has logged a warning and changed nothing
 
 

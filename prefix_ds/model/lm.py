@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from prefix_ds.data.batch import Batch
 from prefix_ds.model import decoding
 from prefix_ds.model.attention import Joint, documents_of
-from prefix_ds.model.base import AttentionChoice, family_of, no_attention_to_join, silence, switch_attention
+from prefix_ds.model.base import (
+    AttentionChoice,
+    family_of,
+    no_attention_to_join,
+    silence,
+    switch_attention,
+    text_config,
+)
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.positions import positions_of
 from prefix_ds.model.recompute import Recomputation
@@ -68,7 +75,7 @@ class PrefixLM:
     @property
     def limits(self) -> tuple[str, ...]:
         """What does not hold for this base, a line each."""
-        return limits_of(self.base.config.get_text_config(decoder=True), self._findings)
+        return limits_of(text_config(self.base), self._findings)
 
     def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The summed negative log-likelihood of the batch's targets, behind the prefix or behind none.

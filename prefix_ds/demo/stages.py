@@ -1,0 +1,84 @@
+"""Runs a stage of the demo in processes of its own, as a user would, and shows how far it has come.
+
+A stage is two CPU ranks under torchrun. Their output goes to a log file, and what is shown here is read from
+files they write, so one process alone writes on the terminal. torchrun gets a session of its own: Ctrl-C
+reaches this process, which asks it to end its ranks (they write a checkpoint) and waits.
+
+Knows nothing of what a stage computes; imports no torch.
+"""
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from prefix_ds.dist import environment_with
+from prefix_ds.errors import RunError
+from prefix_ds.tracking import progress_bar, read_metrics
+
+NUM_RANKS = 2
+_LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m")
+_PATIENCE_SECONDS = 45  # torchrun itself waits 30 for its ranks
+
+Answer = tuple[int, dict[str, float | str]]  # how much is done, and values worth showing
+
+
+def run_stage(title: str, module: Sequence[str], log: Path, total: int, look: Callable[[], Answer]) -> None:
+    """Runs `python -m MODULE ...` on all ranks until it ends well; `look` says how much of `total` is done.
+
+    Raises RunError. Whatever ends this function ends the ranks too.
+    """
+    with log.open("w", encoding="utf-8") as output, progress_bar(title, total) as bar:
+        child = _started(module, output.fileno())
+        told = 0
+        try:
+            while child.poll() is None:
+                time.sleep(0.5)
+                done, shown = look()
+                if done > told:
+                    bar.at(done, **shown)
+                    told = done
+        finally:
+            _ended(child)
+    if child.returncode:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RunError(f"{log}: {title}: ended with exit code {child.returncode}. The last lines:\n{tail}")
+
+
+def steps_of(run: Path) -> Answer:
+    """The last step in a run's metrics, with its loss."""
+    losses = [(r.step, r.values["train/loss"]) for r in read_metrics(run) if "train/loss" in r.values]
+    return (losses[-1][0], {"loss": losses[-1][1]}) if losses else (0, {})
+
+
+def _started(module: Sequence[str], output: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, *_LAUNCH, *module],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        # No GPU: two ranks on a laptop, and the same story everywhere.
+        env=environment_with(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"),
+        start_new_session=True,
+    )
+
+
+def _ended(child: subprocess.Popen[bytes]) -> None:
+    """Asks a child that still runs to end, and then makes it."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(_PATIENCE_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            _killed(child)
+
+
+def _killed(child: subprocess.Popen[bytes]) -> None:
+    """Kills torchrun and its ranks, which have sessions of their own."""
+    import psutil
+
+    for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    child.wait()

@@ -1,0 +1,81 @@
+"""In shards a base computes what it computes whole: loss, gradient to the prefix, keys and values of a text.
+
+Two ranks, families that differ in what could trip ZeRO-3: Conv1D weights, experts in one tensor, tied and
+scaled embeddings, sinks, low-rank keys, a window, parameters that one module reads from another.
+"""
+
+import pytest
+import torch
+
+from prefix_ds.config import parse_config
+from prefix_ds.data.batch import Batch
+from prefix_ds.dist import joined_world
+from prefix_ds.engine.settings import deepspeed_settings
+from prefix_ds.engine.sharding import sharded, sharded_construction
+from prefix_ds.loading import load_base
+from prefix_ds.model import PrefixLM
+from prefix_ds.prefix import table_of
+from tests.ranks import on_ranks
+from tests.tiny_models import tiny
+
+FAMILIES = [
+    "gpt2",
+    "opt",
+    "gemma2",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen3_moe",
+    "phi",
+    "mistral",
+    "bart",
+    "falcon_h1",
+]
+
+
+def batch():
+    """Two rows of two documents each."""
+    ids_BT = torch.randint(10, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    positions_BT = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)
+    return Batch(
+        ids_BT, positions_BT, torch.tensor([1, 2, 5, 10, 16]), torch.tensor([11, 12, 13, 14, 15]), 18
+    )
+
+
+def answers(lm):
+    """Loss and gradient behind a text's keys and values."""
+    table_PD = table_of(lm.keys_values_of(torch.tensor([[5, 6, 7]]), lm.slots)).requires_grad_()
+    loss = lm.loss(batch(), table_PD, lm.slots)
+    loss.backward()
+    lm.detach()
+    return loss.item(), table_PD.detach().numpy(), table_PD.grad.numpy()
+
+
+def in_shards(folder, names, recompute):
+    found = {}
+    with joined_world() as world:
+        for name in names:
+            config = parse_config(
+                f"model: {{name: {folder}/{name}, dtype: float32}}\nprefix: {{init: random, length: 3}}"
+            )
+            settings = deepspeed_settings(config, world.size)
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # everything is in shards
+            with sharded_construction(settings):
+                base = load_base(config.model)
+            shards = sharded(base, settings)
+            assert all(p.numel() == 0 for p in shards.module.parameters())
+            found[name] = answers(PrefixLM(shards.module, recompute=recompute, device=world.device))
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_in_shards_as_whole(tmp_path, recompute):
+    whole = {}
+    for name in FAMILIES:
+        model = tiny(name)
+        model.save_pretrained(tmp_path / name)
+        whole[name] = answers(PrefixLM(model.float()))
+    for found in on_ranks(2, in_shards, tmp_path, FAMILIES, recompute):
+        for name in FAMILIES:
+            for mine, expected in zip(found[name], whole[name], strict=True):
+                assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5), name
