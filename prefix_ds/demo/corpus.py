@@ -15,74 +15,24 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 
-NAMES = [
-    "Ada",
-    "Alma",
-    "Anton",
-    "Arlo",
-    "Basil",
-    "Bea",
-    "Bruno",
-    "Cleo",
-    "Daisy",
-    "Dora",
-    "Emil",
-    "Felix",
-    "Flora",
-    "Gus",
-    "Hanna",
-    "Hugo",
-    "Ida",
-    "Iris",
-    "Juno",
-    "Kira",
-    "Lars",
-    "Lola",
-    "Milo",
-    "Mina",
-    "Noa",
-    "Oscar",
-    "Otto",
-    "Pia",
-    "Rosa",
-    "Selma",
-    "Tilda",
-    "Zora",
-]
-ANIMALS = ["cat", "dog", "goat", "hen", "horse", "rabbit", "sheep", "pony", "parrot", "pig"]
-COLOURS = ["black", "white", "brown", "grey", "golden", "red", "spotted", "striped"]
-WISHES = [
-    "a warm stove",
-    "a long walk",
-    "fresh hay",
-    "a quiet garden",
-    "a bowl of milk",
-    "a red ball",
-    "an old sofa",
-    "a sunny window",
-    "ripe apples",
-    "soft music",
-    "a tall tree",
-    "a kind child",
-]
-PLACES = [
-    "Bergen",
-    "Cork",
-    "Dover",
-    "Ghent",
-    "Graz",
-    "Leeds",
-    "Linz",
-    "Lyon",
-    "Oslo",
-    "Parma",
-    "Porto",
-    "Riga",
-    "Siena",
-    "Split",
-    "Turin",
-    "York",
-]
+
+def _listed(text: str) -> list[str]:
+    return text.split(", ")
+
+
+NAMES = _listed(
+    "Ada, Alma, Anton, Arlo, Basil, Bea, Bruno, Cleo, Daisy, Dora, Emil, Felix, Flora, Gus, Hanna, Hugo, "
+    "Ida, Iris, Juno, Kira, Lars, Lola, Milo, Mina, Noa, Oscar, Otto, Pia, Rosa, Selma, Tilda, Zora"
+)
+ANIMALS = _listed("cat, dog, goat, hen, horse, rabbit, sheep, pony, parrot, pig")
+COLOURS = _listed("black, white, brown, grey, golden, red, spotted, striped")
+WISHES = _listed(
+    "a warm stove, a long walk, fresh hay, a quiet garden, a bowl of milk, a red ball, an old sofa, "
+    "a sunny window, ripe apples, soft music, a tall tree, a kind child"
+)
+PLACES = _listed(
+    "Bergen, Cork, Dover, Ghent, Graz, Leeds, Linz, Lyon, Oslo, Parma, Porto, Riga, Siena, Split, Turin, York"
+)
 
 Sides = tuple[str, ...]
 SIDES: tuple[dict[str, str], ...] = (  # the values of each side, and the sentence that asks for one
