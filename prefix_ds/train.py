@@ -18,7 +18,7 @@ from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.data.examples import Examples, load_examples
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
-from prefix_ds.dist import World, joined_world, on_first, peers_may_die, together, wait_for_all
+from prefix_ds.dist import World, from_first, joined_world, on_first, peers_may_die, together, wait_for_all
 from prefix_ds.engine.full_engine import FullEngine
 from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import Settings, deepspeed_settings
@@ -159,7 +159,7 @@ def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
 
 def _rows_for(data: DataKeys, lm: PrefixLM) -> DataKeys:
     """The data keys, with packing off for a base whose layers carry state from one document to the next."""
-    if data.packing and not lm.can_pack:
+    if data.packing and not from_first(lm.can_pack):  # each rank found it out from its own rounding
         log.warning("data.packing is off: %s cannot keep documents of one row apart", lm.family)
         return data.model_copy(update={"packing": False})
     return data
