@@ -2,15 +2,19 @@
 
 Prompts are sorted by length and dealt to the ranks in equal numbers of batches, since under ZeRO-3 every rank
 must run every layer as often as the others; what one rank lacks is filled with repeats whose output is
-dropped.
+dropped. Each batch draws its random numbers from a seed of its own, so what is sampled does not depend on the
+number of ranks either.
 """
 
 import json
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from prefix_ds.config import GenerateKeys, RunConfig, parse_config
 from prefix_ds.config.reading import config_text
@@ -71,11 +75,15 @@ def write_outputs(
     opened: Opened, prompts: Sequence[Prompt], keys: GenerateKeys, world: World
 ) -> list[Written]:
     """One output a prompt, in the order of the prompts. Every rank calls this."""
+    front = 0 if opened.table_PD is None else len(opened.table_PD)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    opened.lm.check_length(front + longest + keys.max_new_tokens, "generate.max_new_tokens")
     by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids), reverse=True)
     batches = list(_dealt(by_length, keys.batch_size, world))
     mine: dict[int, str] = {}
     with progress_bar("writing", len(batches), is_visible=world.is_first) as bar:
         for done, batch in enumerate(batches, start=1):
+            torch.manual_seed(random.Random(f"{keys.seed} {batch[0]}").getrandbits(63))
             outputs = _continued(opened, [list(prompts[n].ids) for n in batch], keys, world)
             mine |= dict(zip(batch, outputs, strict=True))
             bar.at(done)
@@ -92,6 +100,7 @@ def _dealt(order: Sequence[int], batch_size: int, world: World) -> Iterator[list
 
 def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, world: World) -> list[str]:
     tokenizer = opened.tokenizer
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     outputs = opened.lm.generate(
         prompts,
         opened.table_PD,
@@ -100,8 +109,8 @@ def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, wor
         num_beams=keys.num_beams,
         temperature=keys.temperature,
         top_p=keys.top_p,
-        eos_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_ids=[] if end is None else [end],
+        pad_id=next(token for token in (pad, end, 0) if token is not None),
         synced=world.size > 1,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]

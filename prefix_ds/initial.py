@@ -73,4 +73,5 @@ def _table(
         assert keys.length is not None
         return random_table(slots, keys.length, keys.init_std, seed)
     tokens = text_tokens(tokenizer, keys.text or "", keys.length)
+    lm.check_length(len(tokens), "prefix.length")
     return table_of(lm.keys_values_of(torch.tensor([tokens], device=device), slots))

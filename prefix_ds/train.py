@@ -137,6 +137,7 @@ def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World
         return _prefix_on(sharded(base, settings), config, tokenizer, world)
     shards = sharded_with_optimizer(base, settings, adamw(base.parameters(), config.train))
     lm = _wrapped(shards, config, world)
+    lm.check_length(config.data.max_length, "data.max_length")
     engine = FullEngine(lm, shards, config.train, world, tokenizer)
     return Trained(engine, lm, shards, shards.num_parameters(), 0)
 
@@ -144,6 +145,7 @@ def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World
 def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World) -> Trained:
     lm = _wrapped(shards, config, world)
     prefix = initial_prefix(lm, config.prefix, tokenizer, config.train.seed, world.device)
+    lm.check_length(len(prefix.table()) + config.data.max_length, "data.max_length")
     write = prefix_writer(config.model, shards.module.config, lm, prefix.slots)
     engine = PrefixEngine(lm, prefix, config.train, world, write)
     return Trained(engine, lm, shards, sum(p.numel() for p in engine.trained), shards.num_parameters())

@@ -3,8 +3,27 @@
 import atexit
 import os
 import shutil
+import subprocess
 import tempfile
+
+import pytest
 
 _CACHE = tempfile.mkdtemp(prefix="prefix-ds-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ |= {"HF_DATASETS_CACHE": _CACHE, "HF_HUB_OFFLINE": "1"}  # before a library reads them
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a small disk of its own at a folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(*options):
+        words = ["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "tmpfs", folder]
+        if os.getuid() or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("a disk of its own needs the right to mount one")
+        return folder
+
+    yield mounted
+    subprocess.run(["umount", folder], capture_output=True, check=False)

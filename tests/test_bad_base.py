@@ -6,10 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from prefix_ds.config import config_text
+from tests.ranks import command
 from tests.refusals import refusal
-from tests.tiny_models import tiny
+from tests.tiny_models import tiny, tiny_config
 from tests.workshop import run_config
 
 WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
@@ -111,6 +113,26 @@ def test_a_base_that_no_prefix_can_enter(refused, place, family):
 def test_a_family_that_is_known_not_to_work_is_refused_before_its_weights_are_read(refused, base):
     (base / "config.json").write_text(json.dumps({"model_type": "recurrent_gemma"}))
     assert refused(base).startswith("recurrent_gemma cannot take a prefix: its recurrent state")
+
+
+def test_more_positions_than_the_base_has_learnt(refused, place):
+    config = tiny_config("gpt2")
+    config.n_positions, config.vocab_size = 40, 400
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(place / "short")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place / "base" / name, place / "short" / name)
+    start = ("prefix.init=random", "prefix.length=8")
+    for size in (1, 2):
+        line = refused(place / "short", "data.max_length=33", *start, size=size)
+        assert line.startswith(
+            "data.max_length: takes 41 positions with all that comes before; gpt2 has only"
+        )
+    assert "prefix.length: takes 41 positions" in refused(place / "short", "prefix.length=41")
+    words = [f"model.name={place}/short", "data.max_length=32", *start]
+    (ended,) = command("train", place / "run.yaml", *words)
+    assert ended.code == 0, ended.err
+    words = ["generate", place / "run", "--prompt", "the cat sees"]
+    assert "generate.max_new_tokens: takes " in refusal(*words, "generate.max_new_tokens=40")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,14 @@
 """Run folders, disks and prefixes that cannot be used: one line, and nothing that was good is lost."""
 
 import functools
-import importlib
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from prefix_ds.checkpoint import latest, read_prefix
 from prefix_ds.config import config_text, read_config
+from tests.disks import fill_before
 from tests.ranks import command
 from tests.refusals import CONFIGURATION, contents, refusal
 from tests.test_laws import bytes_of
@@ -32,22 +30,6 @@ def place(tmp_path_factory):
 def run(place, tmp_path):
     """A copy of the run."""
     return shutil.copytree(place / "run", tmp_path / "run")
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """Mounts a small disk of its own at a folder."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mounted(*options):
-        words = ["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "tmpfs", folder]
-        if os.getuid() or subprocess.run(words, capture_output=True, check=False).returncode:
-            pytest.skip("a disk of its own needs the right to mount one")
-        return folder
-
-    yield mounted
-    subprocess.run(["umount", folder], capture_output=True, check=False)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -110,30 +92,6 @@ def test_a_read_only_disk(place, disk, size):
     folder = disk("ro")
     line = refusal("train", place / "run.yaml", f"run.folder={folder}/run", size=size)
     assert line == f"run.folder: {folder}/run: cannot be written: Read-only file system"
-
-
-def fill_disk(folder):
-    """Leaves no space on a disk."""
-    with (folder / "full").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-
-
-def fill_before(call, module, function, folder, _rank):
-    """The disk is full from the n-th call of a function on."""
-    calls = iter(range(1, 1000))
-    home = importlib.import_module(module)
-    real = getattr(home, function)
-
-    def filling(*words, **options):
-        if next(calls) == call:
-            fill_disk(folder)
-        return real(*words, **options)
-
-    setattr(home, function, filling)
 
 
 MOMENTS = {

@@ -135,6 +135,7 @@ class GenerateKeys(Section):
     top_p: float = key(
         1.0, "sample from the likeliest tokens of this total probability", gt=0, le=1, free=True
     )
+    seed: int = key(0, "random numbers of sampled outputs", ge=0, free=True)
     batch_size: int = key(8, "prompts a rank continues at once", ge=1, free=True)
 
 

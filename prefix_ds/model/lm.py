@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_ds.data.batch import Batch
+from prefix_ds.errors import ConfigError
 from prefix_ds.model import decoding
 from prefix_ds.model.attention import Joint, documents_of
 from prefix_ds.model.base import (
@@ -27,7 +28,7 @@ from prefix_ds.model.base import (
     text_config,
 )
 from prefix_ds.model.likelihood import summed_nll
-from prefix_ds.model.positions import positions_of
+from prefix_ds.model.positions import num_learnt, positions_of
 from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.selection import Selection
 from prefix_ds.model.sources import Given, Recorder
@@ -58,6 +59,7 @@ class PrefixLM:
         switch_attention(base, attention)
         self._joint = Joint(base)
         self._positions = positions_of(base)
+        self._num_positions = num_learnt(base)
         self._selection = Selection(base.get_output_embeddings())
         self._recomputation = Recomputation(base, self._joint.checkpoint_contexts) if recompute else None
         self._findings = self._tried()
@@ -76,6 +78,14 @@ class PrefixLM:
     def limits(self) -> tuple[str, ...]:
         """What does not hold for this base, a line each."""
         return limits_of(text_config(self.base), self._findings)
+
+    def check_length(self, num_positions: int, key: str) -> None:
+        """Raises ConfigError, naming `key`, where the base has a table of positions and it is shorter."""
+        if self._num_positions is not None and num_positions > self._num_positions:
+            raise ConfigError(
+                f"{key}: takes {num_positions} positions with all that comes before; {self.family} has only "
+                f"learnt {self._num_positions}"
+            )
 
     def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The summed negative log-likelihood of the batch's targets, behind the prefix or behind none.

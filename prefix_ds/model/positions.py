@@ -1,7 +1,8 @@
 """How a base is told the positions of its tokens, which start after the prefix.
 
 Most take `position_ids`. Decoders that stem from BART have no such argument, but a module `embed_positions`
-that does; which it is, is read off the signatures.
+that does; which it is, is read off the signatures. Some have a table with a row for each position, and none
+behind its end: an index error on a CPU, a dead process on a GPU.
 
 Knows nothing of attention or of what is trained.
 """
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+_TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,6 +40,19 @@ def positions_of(base: nn.Module) -> Positions:
     if embeddings and "position_ids" not in _parameters(base):
         return ByEmbedding(embeddings)
     return ByArgument(_first_position(base))
+
+
+def num_learnt(base: Any) -> int | None:
+    """How many positions the base has rows for in a table; None where it computes any position."""
+    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings
+        for name, module in base.named_modules()
+        if name.endswith(_TABLES) and isinstance(module, nn.Embedding)
+    ]
+    if limit is None or not any(limit <= rows <= limit + 2 for rows in tables):  # OPT has two rows more
+        return None
+    return int(limit) - _first_position(base)
 
 
 def _parameters(module: nn.Module) -> set[str]:
