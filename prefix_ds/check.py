@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.text import Text
 
 from prefix_ds.config import RunConfig
-from prefix_ds.data.examples import Examples, length_marks, lengths_text, tokenise_split
+from prefix_ds.data.examples import Examples, length_marks, lengths_text, source_of, tokenise_split
 from prefix_ds.data.source import Records, named_files, read_records
 from prefix_ds.data.template import Template, parse_template
 from prefix_ds.data.tokenise import template_keys
 from prefix_ds.engine.settings import deepspeed_settings
+from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import PrefixError
-from prefix_ds.loading import check_folder, load_tokenizer
+from prefix_ds.loading import load_tokenizer
+from prefix_ds.suitability import check_base
 
 Answer = TypeVar("Answer")
 
@@ -41,16 +43,16 @@ class Problems:
         try:
             return work()
         except PrefixError as error:
-            self.lines += [line for line in str(error).splitlines() if line not in self.lines]
+            self.lines += [line for line in error.args if line not in self.lines]
             return None
 
 
 def check_run(config: RunConfig, console: Console) -> None:
     """Shows a run's data on the console. Raises PrefixError, with a line for everything that is wrong."""
     problems = Problems()
-    problems.of(lambda: deepspeed_settings(config, world_size=1))
-    if config.model.name:
-        problems.of(lambda: check_folder(config.model))
+    problems.of(lambda: vet(deepspeed_settings(config, world_size=1), config.engine.deepspeed))
+    problems.of(lambda: check_base(config))
+    problems.of(lambda: source_of("train", config.data))
     has_tokenizer = bool(config.model.tokenizer or config.model.name)
     tokenizer = problems.of(lambda: load_tokenizer(config.model)) if has_tokenizer else None
     if not has_tokenizer:
@@ -60,7 +62,7 @@ def check_run(config: RunConfig, console: Console) -> None:
             for line in _split_view(split, config, tokenizer, problems):
                 console.print(line, soft_wrap=True)
     if problems.lines:
-        raise PrefixError("\n  ".join([f"{len(problems.lines)} to mend:", *problems.lines]))
+        raise PrefixError(f"{len(problems.lines)} to mend:", *(f"  {line}" for line in problems.lines))
     console.print("Nothing is wrong.", style="green")
 
 

@@ -75,7 +75,9 @@ def check(run_file: RunFile, overrides: Overrides = None) -> None:
 
     from prefix_ds.check import check_run
     from prefix_ds.config import read_config
+    from prefix_ds.logs import configure_logging
 
+    configure_logging()
     check_run(read_config(run_file, overrides or []), Console())
 
 

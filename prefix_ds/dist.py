@@ -71,6 +71,16 @@ def set_default_environment(**variables: str) -> None:
         os.environ.setdefault(name, value)
 
 
+def has_gpu() -> bool:
+    """Whether ranks run on GPUs. DeepSpeed, which looks for the answer at its import, is told it before."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    set_default_environment(DS_ACCELERATOR="cpu")
+    return False
+
+
 @contextlib.contextmanager
 def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
     """The world, with a process group for as long as the block lasts. Every rank calls this."""
@@ -80,9 +90,8 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
     env = os.environ
     size, rank = int(env.get("WORLD_SIZE", "1")), rank_of_environment()
     local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", size))
-    on_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu()
     if not on_gpu:
-        env.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(_threads(local_size))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -14,8 +14,26 @@ Everything else is a bug of ours (exit code 1, with its traceback). Knows nothin
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 75
 
 
+def printable(text: str) -> str:
+    """The text on one line: a newline in a file's name, or what would move a terminal's cursor, escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; what Python makes of other bytes of a command line cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class PrefixError(Exception):
-    """A mistake the user can mend. The message names the place, the value found and what was expected."""
+    """Mistakes the user can mend, a line each: it names the place, the value found and what was expected."""
+
+    def __str__(self) -> str:
+        """The lines; there are as many as arguments, whatever is in them."""
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class ConfigError(PrefixError):

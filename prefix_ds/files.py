@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefix_ds.errors import RunError
+from prefix_ds.errors import PrefixError, RunError
 
 TEMPORARY = ".tmp-"
 OLD = ".old-"
@@ -85,12 +85,19 @@ def restore_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def telling_disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of the block into a RunError of one line that names `path`."""
+def telling_disk_errors(path: Path | str) -> Iterator[None]:
+    """Turns what a disk refuses in the block into a RunError of one line that names `path`."""
     try:
         yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except PrefixError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers have exceptions of their own: "I/O error: No space left (os error 28)"
+        if isinstance(error, OSError) or "(os error " in str(error):
+            raise RunError(
+                f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
+            ) from error
+        raise
 
 
 def hold_alone(path: Path) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 from prefix_ds.config import GenerateKeys, RunConfig, parse_config
 from prefix_ds.config.reading import config_text
 from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
-from prefix_ds.dist import World, gathered, joined_world, peers_may_die, together
-from prefix_ds.errors import ConfigError
+from prefix_ds.dist import World, first_here_first, gathered, joined_world, on_first, peers_may_die
+from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.files import write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
@@ -48,12 +48,23 @@ def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
     configure_logging()
     folder, config = open_run(run)
     config = parse_config(config_text(config), overrides)
+    check_request(config, request)
     with joined_world() as world, peers_may_die():
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
-        prompts = together(lambda: _prompts(config, request, opened.tokenizer))
+        prompts = first_here_first(world, lambda: _prompts(config, request, opened.tokenizer))
         written = write_outputs(opened, prompts, config.generate, world)
-        if world.is_first:
-            _deliver(written, request.output_file)
+        on_first(world, lambda: _deliver(written, request.output_file))
+
+
+def check_request(config: RunConfig, request: Request) -> None:
+    """Raises ConfigError or RunError for what would come to light only after the work."""
+    if request.prompt is not None and request.input_file:
+        raise ConfigError("--prompt and --input: one of them says what to write for; leave the other out")
+    if request.prompt is None and not request.input_file and not config.data.test:
+        raise ConfigError("nothing to write for: give --prompt, --input, or data.test")
+    output = request.output_file
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise RunError(f"--output: {output}: expected a file in a folder that exists")
 
 
 def write_outputs(
@@ -103,8 +114,7 @@ def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt
     if request.input_file:
         source = str(request.input_file)
         return read_prompts(source, "--input", data, tokenizer, data.max_length, references=False)
-    if not data.test:
-        raise ConfigError("nothing to write for: give --prompt, --input, or data.test")
+    assert data.test
     return read_prompts(data.test, "data.test", data, tokenizer, data.max_length, references=True)
 
 

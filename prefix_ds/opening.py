@@ -4,6 +4,7 @@ For `prefix` runs that is the base of run.yaml and the best prefix; for runs tha
 own model folder, with nothing in front. Knows nothing of what it is used for.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,14 @@ from prefix_ds.config import ModelKeys, RunConfig
 from prefix_ds.dist import World, together
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction
+from prefix_ds.initial import chosen_slots
 from prefix_ds.loading import check_folder, load_base, load_tokenizer
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import Slot, table_of
+from prefix_ds.result import config_digest, num_layers
 from prefix_ds.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     lm = PrefixLM(shards.module, attention=keys.attention)
     if config.train.method != "prefix" or not with_prefix:
         return Opened(lm, None, (), tokenizer, shards)
-    table_PD, slots = together(lambda: _saved_table(folder, lm))
+    table_PD, slots = together(lambda: _saved_table(folder, config, lm))
     return Opened(lm, table_PD.to(world.device), slots, tokenizer, shards)
 
 
@@ -56,7 +61,16 @@ def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
     return config.model.model_copy(update=own)
 
 
-def _saved_table(folder: RunFolder, lm: PrefixLM) -> tuple[Tensor, list[Slot]]:
+def _saved_table(folder: RunFolder, config: RunConfig, lm: PrefixLM) -> tuple[Tensor, tuple[Slot, ...]]:
     saved = read_prefix(folder.prefix)
-    slots = [slot for slot in lm.slots if slot.name in saved.slots] or list(lm.slots)
-    return table_of(saved.keys_values(slots)), slots
+    saved.check_base(lm.family, num_layers(lm.base.config, lm))
+    slots = chosen_slots(lm.slots, config.prefix)
+    table_PD = table_of(saved.keys_values(slots))
+    if saved.facts.base_config_sha256 != config_digest(lm.base.config):
+        log.warning(
+            "%s: the configuration of %s is not the one this prefix was trained with: another base of these "
+            "sizes, or another version of transformers",
+            saved.path,
+            config.model.name,
+        )
+    return table_PD, slots

@@ -59,5 +59,11 @@ def num_layers(base_config: Any, lm: PrefixLM) -> int:
 
 def config_digest(base_config: Any) -> str:
     """SHA-256 of what a transformers configuration says of the architecture."""
-    facts = {key: value for key, value in base_config.to_dict().items() if key not in _NOT_THE_MODEL}
+    facts = _of_the_model(base_config.to_dict())
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _of_the_model(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _of_the_model(value) for key, value in tree.items() if key not in _NOT_THE_MODEL}

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from prefix_ds.config import RunConfig, config_text, differing_keys, read_config
 from prefix_ds.errors import RunError
-from prefix_ds.files import hold_alone, restore_folder, telling_disk_errors, write_text_atomically
+from prefix_ds.files import hold_alone, remove, restore_folder, telling_disk_errors, write_text_atomically
+from prefix_ds.tracking import masked, without_secrets
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,18 @@ def claim(config: RunConfig) -> RunFolder:
     if folder.config_file.exists():
         if folder.has_begun:
             _refuse_another(folder, config)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
+    elif folder.path.is_dir() and any(path.name != _LOCK for path in folder.path.iterdir()):
         raise RunError(
             f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"
         )
-    with telling_disk_errors(folder.path):
+    with telling_disk_errors(f"run.folder: {folder.path}"):
         folder.path.mkdir(parents=True, exist_ok=True)
-        if not hold_alone(folder.path / ".lock"):
+        if not hold_alone(folder.path / _LOCK):
             raise RunError(f"run.folder: {folder.path}: another process is training in it")
+    if not folder.has_begun:
+        remove(folder.tokenizer)  # of a start that failed, maybe on other data
     restore_folder(folder.model)
-    write_text_atomically(folder.config_file, config_text(config))
+    write_text_atomically(folder.config_file, config_text(_without_secrets(config)))
     return folder
 
 
@@ -90,5 +95,12 @@ def _refuse_another(folder: RunFolder, config: RunConfig) -> None:
     if differing:
         raise RunError(
             f"run.folder: {folder.path}: belongs to another run: {'; '.join(differing)}. "
-            "Choose another run.folder, or go back to its values"
+            "Choose another run.folder, remove this one, or go back to its values"
         )
+
+
+def _without_secrets(config: RunConfig) -> RunConfig:
+    """What may stand in a file: no password of mlflow.uri, no token in mlflow.tags. Both keys are free."""
+    uri, tags = config.mlflow.uri, config.mlflow.tags
+    clean = {"uri": uri and masked(uri, uri), "tags": without_secrets(tags)}
+    return config.model_copy(update={"mlflow": config.mlflow.model_copy(update=clean)})

@@ -18,14 +18,15 @@ from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.data.examples import Examples, load_examples
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
-from prefix_ds.dist import World, joined_world, on_first, peers_may_die, together, wait_for_all
+from prefix_ds.dist import World, from_first, joined_world, on_first, peers_may_die, together, wait_for_all
 from prefix_ds.engine.full_engine import FullEngine
 from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import Settings, deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction, sharded_with_optimizer
-from prefix_ds.files import write_text_atomically
+from prefix_ds.engine.vetting import vet
+from prefix_ds.files import whole_folder, write_text_atomically
 from prefix_ds.initial import initial_prefix
-from prefix_ds.loading import check_folder, load_base, load_tokenizer, new_base
+from prefix_ds.loading import load_base, load_tokenizer, new_base
 from prefix_ds.logs import configure_logging
 from prefix_ds.loop import Run, fit
 from prefix_ds.memory import RunMemory
@@ -36,6 +37,7 @@ from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.run_folder import RunFolder, claim
 from prefix_ds.stop import StopRequest
+from prefix_ds.suitability import check_base
 from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, process_tags, progress_bar
 
 log = logging.getLogger(__name__)
@@ -76,12 +78,15 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     stream = Stream(examples["train"], data, config.train, world)
     sweep = Sweep(examples["valid"], data, config.train, world) if "valid" in examples else None
     _tell(world, trained, list(examples.values()), start)
-    tracker = open_tracker(
-        folder.path,
-        _facts(config, folder, list(examples.values())),
-        uri=config.mlflow.uri,
-        resume_step=start.step or None,
-        is_first=world.is_first,
+    facts = _facts(config, folder, list(examples.values()))
+    tracker = together(
+        lambda: open_tracker(
+            folder.path,
+            facts,
+            uri=config.mlflow.uri,
+            resume_step=start.step or None,
+            is_first=world.is_first,
+        )
     )
     bar = progress_bar("training", stream.num_steps, done=start.step, is_visible=world.is_first)
     with tracker, bar as shown:
@@ -95,8 +100,8 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
 def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings]:
     """The run folder and DeepSpeed's settings, written into it."""
     settings = deepspeed_settings(config, world.size)
-    if config.model.name:
-        check_folder(config.model)
+    vet(settings, config.engine.deepspeed)
+    check_base(config)
     folder = claim(config) if world.is_first else RunFolder(Path(config.run.folder))
     if world.is_first:
         write_text_atomically(folder.deepspeed_file, json.dumps(settings, indent=2) + "\n")
@@ -104,7 +109,7 @@ def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings]:
 
 
 def _splits(config: RunConfig) -> list[str]:
-    return [split for split in ("train", "valid") if getattr(config.data, split)]
+    return ["train", "valid"] if config.data.valid else ["train"]
 
 
 def _tokenizer(config: RunConfig, folder: RunFolder, world: World) -> Any:
@@ -120,7 +125,8 @@ def _make_tokenizer(config: RunConfig, folder: RunFolder) -> None:
     log.info("training a tokenizer")
     vocab_size = int(config.model.config.get("vocab_size", 8192))
     made = trained_tokenizer(read_texts(config.data), vocab_size)
-    made.save_pretrained(folder.tokenizer)
+    with whole_folder(folder.tokenizer) as temporary:
+        made.save_pretrained(temporary)
 
 
 def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -> Trained:
@@ -153,7 +159,7 @@ def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
 
 def _rows_for(data: DataKeys, lm: PrefixLM) -> DataKeys:
     """The data keys, with packing off for a base whose layers carry state from one document to the next."""
-    if data.packing and not lm.can_pack:
+    if data.packing and not from_first(lm.can_pack):  # each rank found it out from its own rounding
         log.warning("data.packing is off: %s cannot keep documents of one row apart", lm.family)
         return data.model_copy(update={"packing": False})
     return data

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, in real processes that talk over gloo.
+"""Runs a function, or the command line, on several ranks, in real processes that talk over gloo.
 
 The processes come from a fork server that has the heavy packages loaded, so a test pays for torch and
 DeepSpeed once.
@@ -7,8 +7,12 @@ DeepSpeed once.
 import multiprocessing
 import os
 import socket
+import sys
+import tempfile
 import traceback
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["torch", "deepspeed", "transformers", "datasets", "prefix_ds.train"])
@@ -32,6 +36,57 @@ def on_ranks(size, work, *arguments, timeout_seconds=240):
         for process, _ in started:
             process.kill()
             process.join()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank of the command line ended, and all it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*words, size=1, before=None, timeout_seconds=240):
+    """`prefix-ds WORDS` on some ranks, as a user would run it; one `Ended` a rank.
+
+    `before` runs first in each process, with the rank.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(size)]
+        started = [
+            FORKSERVER.Process(target=_commanded, args=(files[rank], words, rank, size, port, before))
+            for rank in range(size)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout_seconds)
+        late = [process for process in started if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        ended = [
+            Ended(process.exitcode, *(file.with_suffix(end).read_text() for end in (".out", ".err")))
+            for process, file in zip(started, files, strict=True)
+        ]
+    if late:
+        raise TimeoutError(f"did not end: {ended}")
+    return ended
+
+
+def _commanded(file, words, rank, size, port, before):
+    environment = rank_environment(rank, size, port)
+    os.environ.update(environment if size > 1 else {"PREFIX_DS_THREADS": "1"})
+    for number, name in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(file.with_suffix(name), os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["prefix-ds", *map(str, words)]
+    if before is not None:
+        before(rank)
+    from prefix_ds.cli import main
+
+    main()
 
 
 def free_port():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
+from safetensors.torch import save_file
 
 from prefix_ds.check import check_run
 from prefix_ds.config import parse_config
@@ -24,11 +25,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose base is a tokenizer and files that are no weights."""
+    """A run whose base is a tokenizer and files with no weights in them."""
     base = tmp_path / "base"
     trained_tokenizer([row["q"] for row in ROWS], 300).save_pretrained(base)
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (base / "model.safetensors").write_text("not weights")
+    save_file({}, base / "model.safetensors")
     for split, rows in (("train", ROWS), ("valid", ROWS[:3])):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -72,12 +73,12 @@ def test_a_sound_run_shows_three_examples_and_the_lengths_of_all_splits(run, tmp
 
 def test_prompt_and_target_have_colours_of_their_own(run):
     page = checked(run(), force_terminal=True, color_system="standard")
-    assert "\x1b[36mhow many are 0 and [1]?\x1b[0m⟦\x1b[1;32m exactly 1" in page
+    assert f"\x1b[36m{END}how many are 0 and [1]?\x1b[0m⟦\x1b[1;32m exactly 1" in page
 
 
 def test_what_would_be_cut_or_dropped_is_told(run):
-    assert "12 prompts cut" in checked(run("data.max_length=16"))
-    page = checked(run("data.max_length=18", "data.too_long=drop"))
+    assert "12 prompts cut" in checked(run("data.max_length=17"))
+    page = checked(run("data.max_length=19", "data.too_long=drop"))
     assert "train: 11 examples" in page
     assert "1 dropped" in page
 
@@ -88,9 +89,9 @@ def test_everything_that_is_wrong_is_told_at_once(run, tmp_path):
         run(
             "model.tokenizer=./nowhere",
             "engine.deepspeed=zero9",
-            "data.prompt='{qq}'",
-            "data.target='{a!r}'",
-            "data.references='{a}'",
+            "data.prompt={qq}",
+            "data.target={a!r}",
+            "data.references={a}",
             f"data.train=[{tmp_path}/gone.jsonl, {tmp_path}/valid.jsonl, {tmp_path}/train.tsv]",
             f"data.test={tmp_path}/valid.jsonl",
         )

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"__init__", "errors"},
     {"config", "dist", "files", "progress"},
-    {"prefix", "data", "optim", "checkpoint", "tracking", "stop", "run_folder", "new_tokenizer"},
-    {"model", "loading", "logs"},
-    {"engine", "initial", "result"},
+    {"prefix", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
+    {"model", "loading", "logs", "run_folder"},
+    {"engine", "initial", "result", "suitability"},
     {"loop", "memory", "opening", "export"},
     {"train", "generate", "check", "init", "importing"},
     {"demo"},
@@ -32,7 +32,7 @@ DOORS = {
     "deepspeed": {"engine"},
     "mlflow": {"tracking"},
     "peft": set(),
-    "transformers": {"model", "loading", "engine", "new_tokenizer"},
+    "transformers": {"model", "loading", "engine", "new_tokenizer", "logs"},
     "datasets": {"data", "logs"},
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}

@@ -68,6 +68,14 @@ class SavedPrefix:
         """Positions."""
         return next(iter(self.slots.values()))[0].shape[1]
 
+    def check_base(self, model_type: str, num_layers: int) -> None:
+        """Raises RunError if the prefix was trained for another family, or for another number of layers."""
+        if self.facts.model_type != model_type:
+            raise RunError(self._other_model(f"the base is of the family {model_type}"))
+        if self.facts.base_num_layers != num_layers:
+            layers = f"it was made for {self.facts.base_num_layers} layers, the base has {num_layers}"
+            raise RunError(self._other_model(layers))
+
     def keys_values(self, expected: Sequence[SlotShape]) -> list[KeyValue]:
         """(key_NPH, value_NPH) of each expected slot. Raises RunError if the prefix has others."""
         here = [(name, *_shape(*pair)) for name, pair in self.slots.items()]

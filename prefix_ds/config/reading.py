@@ -10,16 +10,19 @@ Knows nothing of what the keys mean.
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from prefix_ds.config.keys import RunConfig
-from prefix_ds.errors import ConfigError
+from prefix_ds.errors import ConfigError, is_unicode
 
 Place = tuple[str | int, ...]
+
+_SECRET_SECTIONS = ("mlflow",)  # passwords and tokens stand there: no message shows its values
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,7 +43,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "run.ya
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, source, lines) for e in error.errors())) from None
+        raise ConfigError(*(_explain(e, source, lines) for e in error.errors())) from None
 
 
 def config_text(config: RunConfig) -> str:
@@ -97,16 +100,19 @@ def _note_lines(node: yaml.Node | None, place: Place, source: str, lines: dict[P
 
 
 def _override(tree: dict[str, Any], lines: dict[Place, str], word: str) -> None:
+    if not is_unicode(word):
+        raise ConfigError(f"{word!r}: not UTF-8")
     dotted, equals, text = word.partition("=")
     place = tuple(dotted.split("."))
     if not equals or len(place) < 2:
         raise ConfigError(f"{word!r}: expected section.key=value")
-    value = text if _is_text(place) else _yaml(text)
     for name in place[:-1]:
         branch = tree.get(name)
         tree[name] = tree = dict(branch) if isinstance(branch, dict) else {}
-    tree[place[-1]] = value
-    lines[place] = f"{word!r}"
+    tree[place[-1]] = _override_value(place, text)
+    lines[place] = repr(f"{dotted}=..." if place[0] in _SECRET_SECTIONS else word)
+    for size in range(1, len(place)):
+        lines.setdefault(place[:size], lines[place])
 
 
 def _yaml(text: str) -> Any:
@@ -116,11 +122,18 @@ def _yaml(text: str) -> Any:
         return text
 
 
-def _is_text(place: Place) -> bool:
-    """Whether a key takes nothing but text: `data.prompt={question}` is a template, not a YAML mapping."""
+def _override_value(place: Place, text: str) -> Any:
+    """A key that takes text takes it as it is: `data.prompt={question}` is a template, not a YAML mapping.
+
+    Only null, where it may be empty, and `[...]`, where it may be a list, are still YAML.
+    """
     section = RunConfig.model_fields.get(str(place[0]))
     keys = section.annotation.model_fields if section else {}  # type: ignore[union-attr]
-    return len(place) == 2 and place[1] in keys and keys[str(place[1])].annotation is str
+    annotation = keys[place[1]].annotation if len(place) == 2 and place[1] in keys else None
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    is_null = NoneType in kinds and text in ("", "~", "null")
+    is_list = list[str] in kinds and text.startswith("[")
+    return _yaml(text) if str not in kinds or is_null or is_list else text
 
 
 def _explain(error: ErrorDetails, source: str, lines: dict[Place, str]) -> str:
@@ -132,7 +145,8 @@ def _explain(error: ErrorDetails, source: str, lines: dict[Place, str]) -> str:
         message = str(error["ctx"]["error"])  # ours: it begins with the key
         own = tuple(message.partition(":")[0].split("."))
         return f"{lines.get(own, source)}: {message}"
-    return f"{where}: {_dotted(place)}: {error['input']!r}: {error['msg']}"
+    found = "" if place[0] in _SECRET_SECTIONS else f"{error['input']!r}: "
+    return f"{where}: {_dotted(place)}: {found}{error['msg']}"
 
 
 def _dotted(place: Place) -> str:

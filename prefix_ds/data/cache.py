@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from prefix_ds.errors import DataError
+
 
 def fingerprint(*parts: object) -> str:
     """32 hex digits that differ when a part's JSON text differs."""
@@ -40,6 +42,20 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
+
+
+@contextlib.contextmanager
+def telling_cache_errors(key: str) -> Iterator[None]:
+    """Turns an OSError of the block into a DataError that names the cache; `key` says whose."""
+    import datasets
+
+    try:
+        yield
+    except OSError as error:
+        cache, reason = datasets.config.HF_DATASETS_CACHE, error.strerror or error
+        raise DataError(
+            f"{key}: the cache {cache} cannot be written: {reason}; HF_DATASETS_CACHE can name another folder"
+        ) from error
 
 
 @contextlib.contextmanager

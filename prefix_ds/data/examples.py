@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prefix_ds import dist
 from prefix_ds.config import DataKeys
 from prefix_ds.data.encode import Fate, encoder_of
-from prefix_ds.data.source import Records, read_records
+from prefix_ds.data.source import Records, Source, read_records
 from prefix_ds.data.tokenise import Recipe, templates_of, tokenised
 from prefix_ds.errors import ConfigError, DataError
 
@@ -84,14 +84,20 @@ def load_examples(split: str, data: DataKeys, tokenizer: Any, world: dist.World)
 
 def tokenise_split(split: str, data: DataKeys, tokenizer: Any) -> Examples:
     """As `load_examples`, in this process alone and without a collective call."""
-    source = getattr(data, split)
-    if not source:
-        raise ConfigError(f"data.{split}: missing; name a file or a hub id")
+    source = source_of(split, data)
     recipe = Recipe(encoder_of(tokenizer), *templates_of(split, data), data.max_length, data.too_long)
     records = read_records(source, f"data.{split}")
     for template in (recipe.prompt, recipe.target):
         template.check(records[0], records.place(0))
     return _examples(split, records, tokenised(records, recipe, data.workers), recipe.encoder.pad)
+
+
+def source_of(split: str, data: DataKeys) -> Source:
+    """What data.train, data.valid or data.test names. Raises ConfigError where it names nothing."""
+    source: Source | None = getattr(data, split)
+    if not source:
+        raise ConfigError(f"data.{split}: missing; name a file or a hub id")
+    return source
 
 
 def _examples(split: str, records: Records, table: Any, pad_id: int) -> Examples:

@@ -13,7 +13,7 @@ from prefix_ds.config import DataKeys
 from prefix_ds.data.encode import Encoder, encoder_of
 from prefix_ds.data.source import Source, read_records
 from prefix_ds.data.tokenise import templates_of
-from prefix_ds.errors import DataError
+from prefix_ds.errors import DataError, is_unicode
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def read_prompts(
 
 
 def prompt_of_text(text: str, tokenizer: Any, max_tokens: int) -> Prompt:
-    """A prompt that is given as it is, not through a template."""
+    """A prompt that is given as it is, not through a template. Raises DataError."""
+    if not is_unicode(text):
+        raise DataError(f"{text!r}: not UTF-8")
     return _prompt(encoder_of(tokenizer), text, (), {}, max_tokens)
 
 

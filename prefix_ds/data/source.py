@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_ds.data import formats, hub
-from prefix_ds.data.cache import code_fingerprint, fingerprint, quiet_library
+from prefix_ds.data.cache import code_fingerprint, fingerprint, quiet_library, telling_cache_errors
 from prefix_ds.data.formats import FORMATS
 from prefix_ds.errors import DataError
 
@@ -169,7 +169,7 @@ def _cached(key: str, content: object, **arguments: Any) -> Any:
 
     columns = {"record": "large_string", "file": "int32", "number": "int64"}
     try:
-        with quiet_library():
+        with quiet_library(), telling_cache_errors(key):
             return datasets.Dataset.from_generator(
                 _rows,
                 features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}),

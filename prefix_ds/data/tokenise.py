@@ -15,7 +15,13 @@ from typing import Any
 from prefix_ds import dist
 from prefix_ds.config import DataKeys
 from prefix_ds.data import encode, template
-from prefix_ds.data.cache import code_fingerprint, fingerprint, quiet_library, tokenizer_fingerprint
+from prefix_ds.data.cache import (
+    code_fingerprint,
+    fingerprint,
+    quiet_library,
+    telling_cache_errors,
+    tokenizer_fingerprint,
+)
 from prefix_ds.data.encode import Encoded, Encoder, Ids, Policy
 from prefix_ds.data.source import Records, place
 from prefix_ds.data.template import Template, parse_template
@@ -84,7 +90,7 @@ def tokenised(records: Records, recipe: Recipe, workers: int) -> Any:
         dist.set_default_environment(TOKENIZERS_PARALLELISM="false")
     features = {name: datasets.Value(kind) for name, kind in _COLUMNS.items()}
     try:
-        with quiet_library():
+        with quiet_library(), telling_cache_errors(records.key):
             return records.table.map(
                 recipe,
                 fn_kwargs={"names": records.names},

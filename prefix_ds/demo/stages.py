@@ -42,7 +42,7 @@ def run_stage(title: str, module: Sequence[str], log: Path, total: int, look: Ca
         finally:
             _ended(child)
     if child.returncode:
-        raise RunError(f"{log}: {title}: ended with exit code {child.returncode}\n{_last_words(log)}")
+        raise RunError(f"{log}: {title}: ended with exit code {child.returncode}", *_last_words(log))
 
 
 def steps_of(run: Path) -> Answer:
@@ -51,11 +51,11 @@ def steps_of(run: Path) -> Answer:
     return (losses[-1][0], {"loss": losses[-1][1]}) if losses else (0, {})
 
 
-def _last_words(log: Path) -> str:
+def _last_words(log: Path) -> list[str]:
     """The end of what the ranks said, without torchrun's report that follows."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     report = next((n for n, line in enumerate(lines) if "failed (exitcode" in line), len(lines))
-    return "\n".join(lines[max(0, report - 15) : report])
+    return lines[max(0, report - 15) : report]
 
 
 def _started(module: Sequence[str], output: int) -> subprocess.Popen[bytes]:
@@ -86,7 +86,8 @@ def _killed(child: subprocess.Popen[bytes]) -> None:
     """Kills torchrun and its ranks, which have sessions of their own."""
     import psutil
 
-    for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+    for process in psutil.Process(child.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    child.kill()
     child.wait()

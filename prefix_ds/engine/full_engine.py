@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
-from prefix_ds.dist import World, summed, wait_for_all
+from prefix_ds.dist import World, on_first, summed
 from prefix_ds.engine.prefix_engine import mean_loss, refuse_nonsense
 from prefix_ds.engine.sharding import Sharded, whole_tensors
 from prefix_ds.engine.step import StepReport
@@ -87,8 +87,10 @@ class FullEngine:
         """Writes an ordinary Hugging Face folder, gathered parameter by parameter. Every rank calls this."""
         model = self.model.module
         whole = whole_tensors(model, keep=self.world.is_first)
-        if self.world.is_first:
+
+        def write() -> None:
             with whole_folder(folder) as temporary:
                 model.save_pretrained(temporary, state_dict=whole)  # type: ignore[operator]
                 self.tokenizer.save_pretrained(temporary)
-        wait_for_all()
+
+        on_first(self.world, write)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
-from prefix_ds.dist import World, summed
+from prefix_ds.dist import World, on_first, summed
 from prefix_ds.engine.step import StepReport
 from prefix_ds.errors import RunError
 from prefix_ds.model import PrefixLM
@@ -86,9 +86,8 @@ class PrefixEngine:
 
     @torch.no_grad()
     def write_result(self, folder: Path, progress: Progress) -> None:
-        """Writes the plain keys and values; an MLP is baked in."""
-        if self.world.is_first:
-            self._write(folder, self.prefix.table().detach().cpu(), progress)
+        """Writes the plain keys and values; an MLP is baked in. Every rank calls this."""
+        on_first(self.world, lambda: self._write(folder, self.prefix.table().detach().cpu(), progress))
 
 
 def mean_loss(

@@ -41,7 +41,8 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> Settings:
                 f"engine.deepspeed: {name}: {key} is given twice: remove it, {ours} of run.yaml says it"
             )
     _refuse_auto(settings, name)
-    stage = settings.get("zero_optimization", {}).get("stage")
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise ConfigError(f"engine.deepspeed: {name}: zero_optimization.stage: {stage}: expected 3")
     return settings | {
@@ -62,18 +63,15 @@ def preset_names() -> list[str]:
 
 
 def _read(name: str) -> Settings:
-    if name in preset_names():
-        text = importlib.resources.files("ds_configs").joinpath(f"{name}.json").read_text()
-    elif Path(name).is_file():
-        text = Path(name).read_text()
-    else:
-        raise ConfigError(
-            f"engine.deepspeed: {name!r} is neither a file nor a preset ({', '.join(preset_names())})"
-        )
+    is_preset = name in preset_names()
+    if not is_preset and not Path(name).is_file():
+        presets = ", ".join(preset_names())
+        raise ConfigError(f"engine.deepspeed: {name!r} is neither a file nor a preset ({presets})")
+    file = importlib.resources.files("ds_configs").joinpath(f"{name}.json") if is_preset else Path(name)
     try:
-        settings = json.loads(text, object_pairs_hook=_once)
-    except ValueError as error:
-        raise ConfigError(f"engine.deepspeed: {name}: {error}") from None
+        settings = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError) as error:  # no permission, no text, no JSON, a key twice
+        raise ConfigError(f"engine.deepspeed: {name}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"engine.deepspeed: {name}: expected an object, found {type(settings).__name__}")
     return settings

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefix_ds.dist import has_gpu
 from prefix_ds.engine.settings import Settings
 
 
@@ -43,6 +44,7 @@ class Sharded:
 
 
 def _start_deepspeed() -> Any:
+    has_gpu()
     import deepspeed
     import deepspeed.ops
 

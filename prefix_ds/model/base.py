@@ -9,7 +9,7 @@ from torch import nn
 
 from prefix_ds.errors import ModelError
 from prefix_ds.model.attention import OVER_OWN, OVER_SDPA
-from prefix_ds.model.families import REFUSED
+from prefix_ds.model.families import check_family
 
 AttentionChoice = Literal["auto", "sdpa", "eager"]
 
@@ -17,8 +17,7 @@ AttentionChoice = Literal["auto", "sdpa", "eager"]
 def family_of(base: Any) -> str:
     """The name of the base's family. Raises ModelError for those known not to work."""
     for family in (base.config.model_type, text_config(base).model_type):
-        if family in REFUSED:
-            raise ModelError(f"{family} cannot take a prefix: {REFUSED[family]}")
+        check_family(family)
     return str(base.config.model_type)
 
 

@@ -7,6 +7,8 @@ more than a token, inputs that are not a text.
 Knows nothing of tensors.
 """
 
+from prefix_ds.errors import ModelError
+
 _AUDIO = "it reads several streams of audio codes side by side, not a text"
 _DRAFTS = "it drafts for another model and needs that model's keys and values"
 _MIXED = (
@@ -27,3 +29,9 @@ REFUSED = {
     "recurrent_gemma": "its recurrent state is reset only by a token at position 0, where a prefix stands",
     "zaya": _MIXED,
 }
+
+
+def check_family(family: str) -> None:
+    """Raises ModelError for a family (transformers' model_type) that is on the page."""
+    if family in REFUSED:
+        raise ModelError(f"{family} cannot take a prefix: {REFUSED[family]}")

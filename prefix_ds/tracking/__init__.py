@@ -1,6 +1,6 @@
 """Where numbers go: JSON lines, MLflow, a progress bar."""
 
-from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags
+from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags, without_secrets
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
 from prefix_ds.tracking.progress import CONSOLE, Progress, progress_bar
@@ -23,4 +23,5 @@ __all__ = [
     "progress_bar",
     "read_metrics",
     "sync_run",
+    "without_secrets",
 ]

@@ -93,8 +93,17 @@ def process_tags(argv: Sequence[str]) -> dict[str, str]:
     return tags
 
 
+def without_secrets(tree: Any) -> Any:
+    """The tree with stars for what looks like a secret, or bears the name of one."""
+    if isinstance(tree, Mapping):
+        return {name: without_secrets(_hidden(name, value)) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [without_secrets(value) for value in tree]
+    return masked(tree) if isinstance(tree, str) else tree
+
+
 def _write(run: Path, facts: Facts) -> None:
-    write_text_atomically(run / _FILE, json.dumps(_without_secrets(asdict(facts)), indent=1) + "\n")
+    write_text_atomically(run / _FILE, json.dumps(without_secrets(asdict(facts)), indent=1) + "\n")
 
 
 def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
@@ -103,14 +112,6 @@ def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{above}{name}.")
         elif value is not None:
             yield f"{above}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _without_secrets(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {name: _without_secrets(_hidden(name, value)) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_without_secrets(value) for value in tree]
-    return masked(tree) if isinstance(tree, str) else tree
 
 
 def _hidden(name: str, value: Any) -> Any:

@@ -1,0 +1,135 @@
+"""A base that cannot be used: one line that names the file, the tensor or the reason, and no harm done."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefix_ds.config import config_text
+from tests.refusals import refusal
+from tests.tiny_models import tiny
+from tests.workshop import run_config
+
+WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a sound run.yaml, its base and its data."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "run.yaml").write_text(config_text(run_config(folder, "train.max_steps=1")))
+    return folder
+
+
+@pytest.fixture
+def base(place, tmp_path):
+    """A copy of the base, to be spoiled."""
+    return shutil.copytree(place / "base", tmp_path / "base")
+
+
+@pytest.fixture
+def refused(place):
+    """The line for a run on another base."""
+
+    def refused(base, *overrides, size=1):
+        shutil.rmtree(place / "run", ignore_errors=True)
+        words = [f"model.name={base}", *overrides]
+        return refusal("train", place / "run.yaml", *words, size=size, run=place / "run")
+
+    return refused
+
+
+def test_a_folder_that_is_no_base(refused, base, tmp_path):
+    assert refused(tmp_path / "gone") == f"model.name: {tmp_path}/gone: there is no such folder"
+    assert refused("gone").startswith("model.name: gone (no such folder, so a hub id): ")
+    (base / "tokenizer.json").write_text("{")
+    assert f"model.name: {base}: has no tokenizer that can be loaded (model.tokenizer can" in refused(base)
+    (base / "config.json").write_text("{")
+    assert "config.json' is not a valid JSON file" in refused(base)
+    (base / "config.json").unlink()
+    assert refused(base) == f"model.name: {base}: the folder has no config.json"
+
+
+def test_pickled_weights_are_not_loaded(refused, base):
+    torch.save(load_file(base / WEIGHTS), base / "pytorch_model.bin")
+    (base / WEIGHTS).unlink()
+    line = f"model.name: {base}: the folder has no .safetensors file (pickled weights are not loaded)"
+    assert refused(base) == line
+
+
+@pytest.mark.parametrize("keep", [0, 7, 2000, -1])
+def test_weights_that_were_cut_short(refused, base, keep):
+    content = (base / WEIGHTS).read_bytes()
+    (base / WEIGHTS).write_bytes(content[:keep])
+    assert refused(base).startswith(f"model.name: {base}/{WEIGHTS}: damaged or cut short: ")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({TENSOR: None}, f"missing tensors (1): {TENSOR}"),
+        ({TENSOR: torch.zeros(3, 3)}, f"errors (1): size mismatch for {TENSOR}: "),
+    ],
+)
+def test_a_tensor_that_is_missing_or_has_another_shape(refused, base, size, change, said):
+    tensors = {name: t for name, t in (load_file(base / WEIGHTS) | change).items() if t is not None}
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    line = refused(base, size=size)
+    assert line.startswith(f"model.name: {base}: its weights do not fit its config.json: {said}")
+
+
+def test_a_missing_file_of_several(refused, base):
+    tensors = load_file(base / WEIGHTS)
+    save_file({name: t for name, t in tensors.items() if name != TENSOR}, base / "one.safetensors")
+    files = {name: "two.safetensors" if name == TENSOR else "one.safetensors" for name in tensors}
+    (base / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (base / WEIGHTS).unlink()
+    line = refused(base)
+    assert line.startswith(f"model.name: {base}: ")
+    assert "two.safetensors" in line
+
+
+def test_an_unknown_family(refused, base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+    assert "has model type `lama` but Transformers does not recognize" in refused(base)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_a_base_that_no_prefix_can_enter(refused, place, family):
+    folder = place / family
+    tiny(family).float().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place / "base" / name, folder / name)
+    line = refused(folder)
+    assert line.startswith(f"{family} cannot take a prefix: its layers never call the attention functions")
+
+
+def test_a_family_that_is_known_not_to_work_is_refused_before_its_weights_are_read(refused, base):
+    (base / "config.json").write_text(json.dumps({"model_type": "recurrent_gemma"}))
+    assert refused(base).startswith("recurrent_gemma cannot take a prefix: its recurrent state")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{hidden_size: 32}", "model.config: pretrain needs a model_type"),
+        ("{model_type: lama}", "model.config.model_type: lama: unknown; did you mean llama?"),
+        (
+            "{model_type: llama, hidden_sise: 32}",
+            "model.config.hidden_sise: llama has no such size; did you mean hidden_size?",
+        ),
+        ("{model_type: llama, hidden_size: big}", "'hidden_size' expected int, got str (value: 'big')"),
+        (
+            "{model_type: llama, hidden_size: 30, num_attention_heads: 4}",
+            "The hidden size (30) is not a multiple of the number of attention heads (4)",
+        ),
+    ],
+)
+def test_a_new_base_with_wrong_sizes(refused, config, said):
+    line = refused("null", "train.method=pretrain", "data.prompt=", f"model.config={config}")
+    assert "model.config" in line
+    assert said in line
