@@ -19,7 +19,6 @@ from prefix_ds.errors import RunError
 from prefix_ds.tracking import progress_bar, read_metrics
 
 NUM_RANKS = 2
-_LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m")
 _PATIENCE_SECONDS = 45  # torchrun itself waits 30 for its ranks
 
 Answer = tuple[int, dict[str, float | str]]  # how much is done, and values worth showing
@@ -43,8 +42,7 @@ def run_stage(title: str, module: Sequence[str], log: Path, total: int, look: Ca
         finally:
             _ended(child)
     if child.returncode:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RunError(f"{log}: {title}: ended with exit code {child.returncode}. The last lines:\n{tail}")
+        raise RunError(f"{log}: {title}: ended with exit code {child.returncode}", *_last_words(log))
 
 
 def steps_of(run: Path) -> Answer:
@@ -53,13 +51,23 @@ def steps_of(run: Path) -> Answer:
     return (losses[-1][0], {"loss": losses[-1][1]}) if losses else (0, {})
 
 
+def _last_words(log: Path) -> list[str]:
+    """The end of what the ranks said, without torchrun's report that follows."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    report = next((n for n, line in enumerate(lines) if "failed (exitcode" in line), len(lines))
+    return lines[max(0, report - 15) : report]
+
+
 def _started(module: Sequence[str], output: int) -> subprocess.Popen[bytes]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m"]
     return subprocess.Popen(
-        [sys.executable, *_LAUNCH, *module],
+        [sys.executable, *launch, *module],
         stdout=output,
         stderr=subprocess.STDOUT,
-        # No GPU: two ranks on a laptop, and the same story everywhere.
-        env=environment_with(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"),
+        # No GPU, and no second thread for matrices this small: the same story everywhere.
+        env=environment_with(
+            CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PREFIX_DS_THREADS="1"
+        ),
         start_new_session=True,
     )
 
@@ -78,7 +86,8 @@ def _killed(child: subprocess.Popen[bytes]) -> None:
     """Kills torchrun and its ranks, which have sessions of their own."""
     import psutil
 
-    for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+    for process in psutil.Process(child.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    child.kill()
     child.wait()

@@ -39,7 +39,7 @@ train: {max_steps: 300, global_batch_size: 32, micro_batch_tokens: 4096, warmup_
 run: {folder: none, valid_every: 100, save_every: 100}
 mlflow: {uri: null}
 """
-RATES = {"prefix": (1e-2, 3e-2), "full": (5e-4, 1.5e-3)}
+RATES = {"prefix": (1e-2, 3e-2, 1e-1), "full": (5e-4, 1.5e-3)}
 
 
 def main():
