@@ -1,4 +1,4 @@
-"""`prefix-ds generate`: what it writes depends on neither ranks nor batches, and is all there or not at all."""
+"""`prefix-ds generate`: what it writes depends on neither ranks nor batches; it is all there or not there."""
 
 import functools
 import json
