@@ -90,7 +90,7 @@ class PrefixLM:
     def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The summed negative log-likelihood of the batch's targets, behind the prefix or behind none.
 
-        A scalar, float32 (float64 for a base in float64), differentiable with respect to the table. A batch
+        A scalar in float64, differentiable with respect to the table. A batch
         without targets costs a forward and a backward pass like any other, so that all ranks make the same
         collective calls, and gives zeros. Every rank calls this.
         """
