@@ -22,7 +22,7 @@ from prefix_ds.checkpoint import PrefixFacts, SavedPrefix, SlotShape, read_prefi
 from prefix_ds.checkpoint.saved_prefix import KeyValue
 from prefix_ds.checkpoint.tensors import read_tensors
 from prefix_ds.errors import ModelError, RunError
-from prefix_ds.files import TEMPORARY, remove, sync, telling_disk_errors, write_text_atomically
+from prefix_ds.files import whole_folder, write_text_atomically
 
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TABLE = "prompt_embeddings"
@@ -46,17 +46,9 @@ def export_peft(run: Path, out: Path) -> None:
     _check_exportable(prefix)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: exists and is not empty; name a new folder")
-    building = out.absolute().with_name(TEMPORARY + out.absolute().name)
-    try:
-        with telling_disk_errors(out):
-            remove(building)
-            building.mkdir(parents=True)
-            write_tensors(building / _TENSORS, {_TABLE: _peft_table(prefix)})
-            write_text_atomically(building / _CONFIG, json.dumps(_peft_config(prefix), indent=2) + "\n")
-            building.rename(out.absolute())
-            sync(out.absolute().parent)
-    finally:
-        remove(building)
+    with whole_folder(out.absolute()) as building:
+        write_tensors(building / _TENSORS, {_TABLE: _peft_table(prefix)})
+        write_text_atomically(building / _CONFIG, json.dumps(_peft_config(prefix), indent=2) + "\n")
 
 
 def import_peft(peft: Path, out: Path, slots: Sequence[SlotShape], facts: PrefixFacts) -> None:

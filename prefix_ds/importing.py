@@ -6,17 +6,15 @@ PEFT's files name no layers, so the base is loaded to see where a prefix enters 
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefix_ds import __version__
-from prefix_ds.checkpoint import PrefixFacts
-from prefix_ds.config import RunConfig, config_text, parse_config
+from prefix_ds.config import RunConfig, parse_config
 from prefix_ds.dist import joined_world
 from prefix_ds.errors import RunError
 from prefix_ds.export import PeftPrefix, import_peft, read_peft
-from prefix_ds.files import telling_disk_errors, write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import open_trained
-from prefix_ds.result import config_digest, num_layers
-from prefix_ds.run_folder import RunFolder
+from prefix_ds.progress import Progress
+from prefix_ds.result import prefix_facts
+from prefix_ds.run_folder import RunFolder, write_config
 
 
 def import_run(adapter: Path, out: Path, overrides: Sequence[str]) -> None:
@@ -32,19 +30,9 @@ def import_run(adapter: Path, out: Path, overrides: Sequence[str]) -> None:
     config = _config_of(prefix, overrides)
     with joined_world() as world:
         opened = open_trained(folder, config, world, with_prefix=False)
-        facts = PrefixFacts(
-            base=str(config.model.name),
-            revision=config.model.revision,
-            model_type=opened.lm.family,
-            base_config_sha256=config_digest(opened.sharded.module.config),
-            base_num_layers=num_layers(opened.sharded.module.config, opened.lm),
-            step=0,
-            valid_loss=None,
-            version=__version__,
-        )
+        facts = prefix_facts(config.model, opened.lm, Progress())
         import_peft(adapter, folder.prefix, opened.lm.slots, facts)
-        with telling_disk_errors(out):
-            write_text_atomically(folder.config_file, config_text(config))
+        write_config(folder, config)
 
 
 def _config_of(prefix: PeftPrefix, overrides: Sequence[str]) -> RunConfig:

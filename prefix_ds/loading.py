@@ -76,11 +76,9 @@ def new_base(keys: ModelKeys, tokenizer: Any) -> nn.Module:
 
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     sizes = special | keys.config | {"vocab_size": len(tokenizer)}
-    try:
+    with _config_errors():
         config = AutoConfig.for_model(**sizes)
         base: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, keys.dtype))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {_one_line(error)}") from None
     return base
 
 
@@ -100,10 +98,8 @@ def check_new(keys: ModelKeys) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"model.config.{name}: {family} has no such size" + _did_you_mean(near))
-    try:
+    with _config_errors():
         AutoConfig.for_model(**keys.config)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {_one_line(error)}") from None
 
 
 def vetted_config(keys: ModelKeys) -> Any:
@@ -163,6 +159,15 @@ def _refuse_gaps(report: dict[str, Any], where: str) -> None:
 def _place(key: str, name: str) -> str:
     """Key and name, and where the name was looked for: a mistyped folder is taken for a hub id."""
     return f"{key}: {name}" + ("" if Path(name).is_dir() else " (no such folder, so a hub id)")
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    """What transformers says of sizes that do not go together, as a ConfigError of one line."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {_one_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     with sharded_construction(settings):
         base = load_base(keys)
     shards = sharded(base, settings)
-    lm = PrefixLM(shards.module, attention=keys.attention)
+    lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)
     if config.train.method != "prefix" or not with_prefix:
         return Opened(lm, None, (), tokenizer, shards)
     table_PD, slots = together(lambda: _saved_table(folder, config, lm))
@@ -63,7 +63,7 @@ def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
 
 def _saved_table(folder: RunFolder, config: RunConfig, lm: PrefixLM) -> tuple[Tensor, tuple[Slot, ...]]:
     saved = read_prefix(folder.prefix)
-    saved.check_base(lm.family, num_layers(lm.base.config, lm))
+    saved.check_base(lm.family, num_layers(lm))
     slots = chosen_slots(lm.slots, config.prefix)
     table_PD = table_of(saved.keys_values(slots))
     if saved.facts.base_config_sha256 != config_digest(lm.base.config):

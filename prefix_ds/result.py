@@ -31,30 +31,35 @@ _NOT_THE_MODEL = {
 
 
 def prefix_writer(
-    keys: ModelKeys, base_config: Any, lm: PrefixLM, slots: Sequence[Slot]
+    keys: ModelKeys, lm: PrefixLM, slots: Sequence[Slot]
 ) -> Callable[[Path, Tensor, Progress], None]:
     """A function that writes a table [P, D] into a folder as the prefix of this base."""
 
     def write(folder: Path, table_PD: Tensor, progress: Progress) -> None:
         pairs = keys_values_of(table_PD, slots)
-        facts = PrefixFacts(
-            base=str(keys.name),
-            revision=keys.revision,
-            model_type=lm.family,
-            base_config_sha256=config_digest(base_config),
-            base_num_layers=num_layers(base_config, lm),
-            step=progress.step,
-            valid_loss=progress.valid_loss,
-            version=__version__,
-        )
-        write_prefix(folder, {slot.name: pair for slot, pair in zip(slots, pairs, strict=True)}, facts)
+        named = {slot.name: pair for slot, pair in zip(slots, pairs, strict=True)}
+        write_prefix(folder, named, prefix_facts(keys, lm, progress))
 
     return write
 
 
-def num_layers(base_config: Any, lm: PrefixLM) -> int:
+def prefix_facts(keys: ModelKeys, lm: PrefixLM, progress: Progress) -> PrefixFacts:
+    """Where a prefix of this base comes from, trained as far as `progress` says."""
+    return PrefixFacts(
+        base=str(keys.name),
+        revision=keys.revision,
+        model_type=lm.family,
+        base_config_sha256=config_digest(lm.base.config),
+        base_num_layers=num_layers(lm),
+        step=progress.step,
+        valid_loss=progress.valid_loss,
+        version=__version__,
+    )
+
+
+def num_layers(lm: PrefixLM) -> int:
     """Layers of the base, with and without attention."""
-    return int(getattr(base_config.get_text_config(decoder=True), "num_hidden_layers", len(lm.slots)))
+    return int(getattr(lm.base.config.get_text_config(decoder=True), "num_hidden_layers", len(lm.slots)))
 
 
 def config_digest(base_config: Any) -> str:

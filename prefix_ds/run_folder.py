@@ -78,8 +78,13 @@ def claim(config: RunConfig) -> RunFolder:
     if not folder.has_begun:
         remove(folder.tokenizer)  # of a start that failed, maybe on other data
     restore_folder(folder.model)
-    write_text_atomically(folder.config_file, config_text(_without_secrets(config)))
+    write_config(folder, config)
     return folder
+
+
+def write_config(folder: RunFolder, config: RunConfig) -> None:
+    """Keeps the resolved configuration, without its secrets, in an existing folder. Raises RunError."""
+    write_text_atomically(folder.config_file, config_text(_without_secrets(config)))
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,14 @@ from prefix_ds.result import prefix_writer
 from prefix_ds.run_folder import RunFolder, claim
 from prefix_ds.stop import StopRequest
 from prefix_ds.suitability import check_base
-from prefix_ds.tracking import DatasetFacts, Facts, flattened, open_tracker, process_tags, progress_bar
+from prefix_ds.tracking import (
+    DatasetFacts,
+    Facts,
+    flattened,
+    open_tracker,
+    process_tags,
+    progress_bar,
+)
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +84,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     data = _rows_for(config.data, trained.lm)
     stream = Stream(examples["train"], data, config.train, world)
     sweep = Sweep(examples["valid"], data, config.train, world) if "valid" in examples else None
-    _tell(world, trained, list(examples.values()), start)
-    facts = _facts(config, folder, list(examples.values()))
+    _tell(world, trained, examples.values(), start)
+    told = examples.values() if world.is_first else ()  # a digest reads all of the data: once is enough
+    facts = _facts(config, folder, told)
     tracker = together(
         lambda: open_tracker(
             folder.path,
@@ -146,7 +154,7 @@ def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World)
     lm = _wrapped(shards, config, world)
     prefix = initial_prefix(lm, config.prefix, tokenizer, config.train.seed, world.device)
     lm.check_length(len(prefix.table()) + config.data.max_length, "data.max_length")
-    write = prefix_writer(config.model, shards.module.config, lm, prefix.slots)
+    write = prefix_writer(config.model, lm, prefix.slots)
     engine = PrefixEngine(lm, prefix, config.train, world, write)
     return Trained(engine, lm, shards, sum(p.numel() for p in engine.trained), shards.num_parameters())
 
@@ -167,7 +175,7 @@ def _rows_for(data: DataKeys, lm: PrefixLM) -> DataKeys:
     return data
 
 
-def _facts(config: RunConfig, folder: RunFolder, examples: Sequence[Examples]) -> Facts:
+def _facts(config: RunConfig, folder: RunFolder, examples: Iterable[Examples]) -> Facts:
     """What MLflow is told about the run, apart from its numbers."""
     return Facts(
         experiment=config.mlflow.experiment,
@@ -183,7 +191,7 @@ def _dataset_facts(examples: Examples) -> DatasetFacts:
     return DatasetFacts(Path(source).name or split, examples.records.identity(), split, source)
 
 
-def _tell(world: World, trained: Trained, examples: Sequence[Examples], start: Progress) -> None:
+def _tell(world: World, trained: Trained, examples: Iterable[Examples], start: Progress) -> None:
     """The first lines of the log: versions, world, data, what is trained and what this rank holds."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _TOLD_PACKAGES)
     log.info("prefix-ds %s, %s; %d ranks on %s", __version__, versions, world.size, world.device.type)

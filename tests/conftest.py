@@ -13,6 +13,17 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ |= {"HF_DATASETS_CACHE": _CACHE, "HF_HUB_OFFLINE": "1"}  # before a library reads them
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a sound run.yaml, its base and its data."""
+    from prefix_ds.config import config_text
+    from tests.workshop import run_config  # loads torch, which most of what is collected does not need
+
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "run.yaml").write_text(config_text(run_config(folder, "train.max_steps=1")))
+    return folder
+
+
 @pytest.fixture
 def disk(tmp_path):
     """Mounts a small disk of its own at a folder."""

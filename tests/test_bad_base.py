@@ -8,21 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefix_ds.config import config_text
 from tests.ranks import command
 from tests.refusals import refusal
 from tests.tiny_models import tiny, tiny_config
-from tests.workshop import run_config
 
 WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a sound run.yaml, its base and its data."""
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "run.yaml").write_text(config_text(run_config(folder, "train.max_steps=1")))
-    return folder
 
 
 @pytest.fixture

@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefix_ds.config import config_text
 from tests.ranks import command
 from tests.refusals import CONFIGURATION, contents, refusal
-from tests.workshop import run_config
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a sound run.yaml, its base and its data."""
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "run.yaml").write_text(config_text(run_config(folder, "train.max_steps=1")))
-    return folder
 
 
 @pytest.fixture

@@ -6,12 +6,9 @@ any moment costs at most its own checkpoint. (`test_disk.py`: disks that refuse.
 
 import itertools
 import logging
-import multiprocessing
 import random
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,20 +28,9 @@ from prefix_ds.checkpoint import (
     write_tensors,
 )
 from prefix_ds.errors import RunError
+from tests.saving import killed_soon, tensors_of
 
 torch.set_num_threads(1)
-FORK = multiprocessing.get_context("fork")
-
-
-def tensors_of(step: int) -> dict[str, Tensor]:
-    """Tensors whose every number tells their step."""
-    return {
-        "table": torch.full((7, 9), float(step)),
-        "half": torch.full((3,), step % 100, dtype=torch.bfloat16),
-        "rng": torch.full((64,), step % 251, dtype=torch.uint8),
-        "count": torch.tensor(step),
-        "none": torch.empty(0, 4),
-    }
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -189,23 +175,6 @@ def test_a_run_with_nothing_but_damage_is_refused(run: Path) -> None:
 
 
 # A writer that dies
-
-
-def killed_soon(work: Callable[[], None], after_seconds: float) -> None:
-    """Runs `work` in a process of its own, and kills it with SIGKILL."""
-    has_begun = FORK.Event()
-
-    def begin_and_work() -> None:
-        has_begun.set()
-        work()
-
-    process = FORK.Process(target=begin_and_work, daemon=True)
-    process.start()
-    has_begun.wait()
-    time.sleep(after_seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 def save_for_ever(run: Path, first: int) -> None:

@@ -1,7 +1,6 @@
 """Disks that are full, limited or read-only: one line for the user, and nothing changed on the disk."""
 
 import errno
-import multiprocessing
 import os
 import resource
 import signal
@@ -11,30 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from prefix_ds.checkpoint import (
-    PrefixFacts,
     save_checkpoint,
     write_prefix,
 )
 from prefix_ds.errors import RunError
 from prefix_ds.files import write_text_atomically
+from tests.saving import FACTS, FORK, tensors_of
 
 torch.set_num_threads(1)
-FORK = multiprocessing.get_context("fork")
-FACTS = PrefixFacts("acme/tiny", "main", "llama", "ab12", 3, 40, 1.25, "0.1.0")
-
-
-def tensors_of(step: int) -> dict[str, Tensor]:
-    """Tensors whose every number tells their step."""
-    return {
-        "table": torch.full((7, 9), float(step)),
-        "half": torch.full((3,), step % 100, dtype=torch.bfloat16),
-        "rng": torch.full((64,), step % 251, dtype=torch.uint8),
-        "count": torch.tensor(step),
-        "none": torch.empty(0, 4),
-    }
 
 
 def outcome_with_little_space(work: Callable[[], None], limit_bytes: int) -> str:

@@ -17,9 +17,9 @@ from prefix_ds.model import PrefixLM
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from tests.laws import batch_of, distance
-from tests.ranks import on_ranks
+from tests.ranks import command, on_ranks
 from tests.tiny_models import VOCABULARY, tiny_config
-from tests.workshop import tokenizer
+from tests.workshop import base_folder, tokenizer
 
 torch.set_num_threads(1)
 
@@ -77,7 +77,7 @@ def test_peft_loads_our_export_and_computes_our_logits(tmp_path, family):
 
     lm = PrefixLM(base_of(family))
     table = random_table(lm)
-    write = prefix_writer(ModelKeys(name="any"), lm.base.config, lm, lm.slots)
+    write = prefix_writer(ModelKeys(name="any"), lm, lm.slots)
     write(tmp_path / "run" / "prefix", table, Progress(step=3))
     export_peft(tmp_path / "run", tmp_path / "peft")
     theirs = pefts_logits(PeftModel.from_pretrained(base_of(family), tmp_path / "peft").eval())
@@ -129,7 +129,7 @@ def test_there_and_back_changes_no_number(tmp_path):
     base.save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     lm = PrefixLM(base)
-    write = prefix_writer(ModelKeys(name=str(tmp_path / "base")), lm.base.config, lm, lm.slots)
+    write = prefix_writer(ModelKeys(name=str(tmp_path / "base")), lm, lm.slots)
     write(tmp_path / "run" / "prefix", random_table(lm), Progress())
     export_peft(tmp_path / "run", tmp_path / "peft")
     on_ranks(1, import_and_run, tmp_path / "peft", tmp_path / "back", tmp_path / "base")
@@ -142,10 +142,25 @@ def test_there_and_back_changes_no_number(tmp_path):
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 def test_keys_and_values_of_different_sizes_are_refused(tmp_path, family):
     lm = PrefixLM(base_of(family))
-    write = prefix_writer(ModelKeys(name="any"), lm.base.config, lm, lm.slots)
+    write = prefix_writer(ModelKeys(name="any"), lm, lm.slots)
     write(tmp_path / "run" / "prefix", random_table(lm), Progress())
     with pytest.raises(
         ModelError, match=r"PEFT's format cannot hold this prefix: .* has keys of \d+ and val"
     ):
         export_peft(tmp_path / "run", tmp_path / "peft")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_an_imported_run_keeps_no_password(tmp_path):
+    import peft
+
+    base, adapter = base_folder(tmp_path / "base"), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(
+        model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).save_pretrained(adapter)
+    uri = "mlflow.uri=http://bob:hunter2@host:5000"
+    (ended,) = command("import", adapter, tmp_path / "out", f"model.name={base}", "model.dtype=float32", uri)
+    assert ended.code == 0, ended.err
+    assert "hunter2" not in (tmp_path / "out" / "run.yaml").read_text()
+    assert "host:5000" in (tmp_path / "out" / "run.yaml").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,12 @@ from torch import Tensor
 from prefix_ds.checkpoint import PrefixFacts, read_prefix, write_prefix
 from prefix_ds.errors import ModelError, RunError
 from prefix_ds.export import export_peft, import_peft
+from tests.saving import Shape
 
 torch.set_num_threads(1)
 LAYERS = 12  # "h.10" sorts before "h.2"
 FACTS = PrefixFacts("acme/tiny", "main", "llama", "ab12", LAYERS, 40, 1.25, "0.1.0")
 Slots = dict[str, tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    num_heads: int
-    key_dim: int
-    value_dim: int
 
 
 def random_slots(heads: int = 2, length: int = 5, dim: int = 4, layers: int = LAYERS) -> Slots:

@@ -2,12 +2,9 @@
 
 import itertools
 import json
-import multiprocessing
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,18 +19,9 @@ from prefix_ds.checkpoint import (
     write_tensors,
 )
 from prefix_ds.errors import RunError
+from tests.saving import FACTS, FORK, Shape, killed_soon
 
 torch.set_num_threads(1)
-FORK = multiprocessing.get_context("fork")
-FACTS = PrefixFacts("acme/tiny", "main", "llama", "ab12", 3, 40, 1.25, "0.1.0")
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    num_heads: int
-    key_dim: int
-    value_dim: int
 
 
 def slots_of(step: int, slots: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
@@ -57,23 +45,6 @@ def damaged_ways(file: Path, every: int) -> Iterator[bytes]:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << chance.randrange(8)
         yield bytes(flipped)
-
-
-def killed_soon(work: Callable[[], None], after_seconds: float) -> None:
-    """Runs `work` in a process of its own, and kills it with SIGKILL."""
-    has_begun = FORK.Event()
-
-    def begin_and_work() -> None:
-        has_begun.set()
-        work()
-
-    process = FORK.Process(target=begin_and_work, daemon=True)
-    process.start()
-    has_begun.wait()
-    time.sleep(after_seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 def write_prefixes_for_ever(folder: Path) -> None:
