@@ -4,10 +4,12 @@ Knows nothing of what is saved.
 """
 
 import multiprocessing
+import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,3 +54,16 @@ def killed_soon(work: Callable[[], None], after_seconds: float) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def damaged_ways(file: Path, every: int) -> Iterator[bytes]:
+    """The file cut at every n-th byte, and with bits flipped."""
+    whole = file.read_bytes()
+    for length in range(0, len(whole), every):
+        yield whole[:length]
+    chance = random.Random(0)
+    for _ in range(60):
+        place = chance.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << chance.randrange(8)
+        yield bytes(flipped)

@@ -8,7 +8,6 @@ import itertools
 import logging
 import random
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from prefix_ds.checkpoint import (
     write_tensors,
 )
 from prefix_ds.errors import RunError
-from tests.saving import killed_soon, tensors_of
+from tests.saving import damaged_ways, killed_soon, tensors_of
 
 torch.set_num_threads(1)
 
@@ -116,19 +115,6 @@ def test_a_tensor_that_is_not_as_asked_for_is_named(run: Path, change: dict[str,
 
 
 # Damage
-
-
-def damaged_ways(file: Path, every: int) -> Iterator[bytes]:
-    """The file cut at every n-th byte, and with bits flipped."""
-    whole = file.read_bytes()
-    for length in range(0, len(whole), every):
-        yield whole[:length]
-    chance = random.Random(0)
-    for _ in range(60):
-        place = chance.randrange(len(whole))
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << chance.randrange(8)
-        yield bytes(flipped)
 
 
 @pytest.mark.parametrize(("name", "every"), [("state.json", 1), ("tensors.safetensors", 7)])

@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from prefix_ds.checkpoint import (
     write_tensors,
 )
 from prefix_ds.errors import RunError
-from tests.saving import FACTS, FORK, Shape, killed_soon
+from tests.saving import FACTS, FORK, Shape, damaged_ways, killed_soon
 
 torch.set_num_threads(1)
 
@@ -32,19 +32,6 @@ def slots_of(step: int, slots: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
         )
         for i in range(slots)
     }
-
-
-def damaged_ways(file: Path, every: int) -> Iterator[bytes]:
-    """The file cut at every n-th byte, and with bits flipped."""
-    whole = file.read_bytes()
-    for length in range(0, len(whole), every):
-        yield whole[:length]
-    chance = random.Random(0)
-    for _ in range(60):
-        place = chance.randrange(len(whole))
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << chance.randrange(8)
-        yield bytes(flipped)
 
 
 def write_prefixes_for_ever(folder: Path) -> None:
