@@ -4,15 +4,18 @@
 
 Pretrains a Llama of 5.8 M parameters on the training texts of ../shared/data (never on validation or test
 files), then tunes on E2E's training file at equal steps: a prefix and all weights, each with the learning
-rates below, the best by validation. Prints validation loss in nats a target token: bare base, instruction
-only, prefix, full fine-tuning, and the share of full fine-tuning's gain that the prefix reaches. Started
-again it goes on; about two hours on two cores.
+rates below. The best rate of each, by validation, is run with two more seeds. Prints validation loss in nats
+a target token: bare base, instruction only, prefix, full fine-tuning, and the share of full fine-tuning's
+gain that the prefix reaches, seed by seed. Started again it goes on; about two hours on two cores, on which
+two tuning runs go at a time.
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -39,17 +42,23 @@ train: {max_steps: 300, global_batch_size: 32, micro_batch_tokens: 4096, warmup_
 run: {folder: none, valid_every: 100, save_every: 100}
 mlflow: {uri: null}
 """
-RATES = {"prefix": (1e-2, 3e-2, 1e-1), "full": (5e-4, 1.5e-3)}
+RATES = {"prefix": (3e-2, 1e-1, 3e-1), "full": (5e-4, 1.5e-3, 3e-3)}
+SEEDS = (0, 1, 2)
 
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/e2e").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_corpus(folder / "pretrain.jsonl")
-    train(folder / "base.yaml", BASE % {"folder": folder})
-    tuning = TUNING % {"folder": folder, "data": DATA}
-    losses = {(m, lr): tuned(folder, tuning, m, lr) for m, rates in RATES.items() for lr in rates}
-    show(losses, bare_loss(folder, tuning))
+    base = folder / "base.yaml"
+    base.write_text(BASE % {"folder": folder})
+    train(base)
+    path = folder / "tuning.yaml"
+    path.write_text(TUNING % {"folder": folder, "data": DATA})
+    losses = tuned(path, [(method, rate, SEEDS[0]) for method, rates in RATES.items() for rate in rates])
+    best = {method: best_rate(losses, method) for method in RATES}
+    losses |= tuned(path, [(method, best[method], seed) for seed in SEEDS[1:] for method in RATES])
+    show(losses, best)
 
 
 def write_corpus(path):
@@ -75,17 +84,21 @@ def rows(name):
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
-def tuned(folder, text, method, rate):
-    """The validation losses of a run, by step."""
-    name = f"{method}-{rate:g}"
-    words = [f"train.method={method}", f"train.lr={rate}", f"run.folder={folder}/{name}"]
-    train(folder / "tuning.yaml", text, *words)
-    return valid_losses(folder / name)
+def tuned(path, runs):
+    """The validation losses by step of each run (method, rate, seed)."""
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(runs, two.map(lambda run: tuned_once(path, *run), runs), strict=True))
 
 
-def bare_loss(folder, text):
-    """Full fine-tuning validates before its first step: the base with nothing in front."""
-    return valid_losses(folder / f"full-{RATES['full'][0]:g}")[0]
+def tuned_once(path, method, rate, seed):
+    run = path.parent / f"{method}-{rate:g}-{seed}"
+    words = [f"train.method={method}", f"train.lr={rate}", f"train.seed={seed}", f"run.folder={run}"]
+    train(path, *words, threads=1)
+    return valid_losses(run)
+
+
+def best_rate(losses, method):
+    return min(RATES[method], key=lambda rate: min(losses[method, rate, SEEDS[0]].values()))
 
 
 def valid_losses(run):
@@ -93,26 +106,24 @@ def valid_losses(run):
     return {row["step"]: row["valid/loss"] for row in lines if "valid/loss" in row}
 
 
-def train(path, text, *words):
-    path.write_text(text)
-    subprocess.run([sys.executable, "-m", "prefix_ds", "train", str(path), *words], check=True)
+def train(path, *words, threads=2):
+    environment = os.environ | {"PREFIX_DS_THREADS": str(threads)}
+    subprocess.run([sys.executable, "-m", "prefix_ds", "train", path, *words], check=True, env=environment)
 
 
-def show(losses, bare):
-    best = {m: min((min(losses[m, lr].values()), lr) for lr in rates) for m, rates in RATES.items()}
-    instruction = losses["prefix", RATES["prefix"][0]][0]
-    table = Table("", "validation loss", "share of full fine-tuning's gain", "learning rate")
-    gain = bare - best["full"][0]
-    for name, loss, rate in (
-        ("bare base", bare, ""),
-        ("instruction only", instruction, ""),
-        ("prefix", *best["prefix"]),
-        ("full fine-tuning", *best["full"]),
-    ):
-        table.add_row(name, f"{loss:.3f}", f"{(bare - loss) / gain:.2f}", str(rate))
-    Console().print(table)
-    for (method, rate), by_step in losses.items():
-        Console().print(f"{method} {rate:g}: " + ", ".join(f"{s}: {v:.3f}" for s, v in by_step.items()))
+def show(losses, best):
+    table = Table(
+        "seed", "bare base", "instruction only", "prefix", "full fine-tuning", "share of full's gain"
+    )
+    for seed in SEEDS:
+        prefix, full = (losses[method, best[method], seed] for method in ("prefix", "full"))
+        bare, tuned, fully = full[0], min(prefix.values()), min(full.values())
+        numbers = (bare, prefix[0], tuned, fully, (bare - tuned) / (bare - fully))
+        table.add_row(str(seed), *(f"{number:.4f}" for number in numbers))
+    Console(width=110).print(table)
+    for (method, rate, seed), by_step in losses.items():
+        steps = ", ".join(f"{step}: {loss:.4f}" for step, loss in by_step.items())
+        Console(width=110).print(f"{method} {rate:g}, seed {seed}: {steps}")
 
 
 if __name__ == "__main__":
