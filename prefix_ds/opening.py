@@ -14,8 +14,9 @@ from torch import Tensor
 from prefix_ds.checkpoint import read_prefix
 from prefix_ds.config import ModelKeys, RunConfig
 from prefix_ds.dist import World, together
+from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
-from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction
+from prefix_ds.engine.sharding import Sharded, sharded
 from prefix_ds.initial import chosen_slots
 from prefix_ds.loading import check_folder, load_base, load_tokenizer
 from prefix_ds.model import PrefixLM
@@ -43,9 +44,7 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     together(lambda: check_folder(keys))
     settings = deepspeed_settings(config, world.size)
     tokenizer = together(lambda: load_tokenizer(keys))
-    with sharded_construction(settings):
-        base = load_base(keys)
-    shards = sharded(base, settings)
+    shards = sharded(in_shards(together(lambda: load_base(keys)), settings), settings)
     lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)
     if config.train.method != "prefix" or not with_prefix:
         return Opened(lm, None, (), tokenizer, shards)

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prefix_ds import __version__
 from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.data.examples import Examples, load_examples
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
 from prefix_ds.dist import World, from_first, joined_world, on_first, peers_may_die, together, wait_for_all
+from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.full_engine import FullEngine
 from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import Settings, deepspeed_settings
@@ -139,8 +142,7 @@ def _make_tokenizer(config: RunConfig, folder: RunFolder) -> None:
 
 def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -> Trained:
     """The base in shards and the engine that trains it, or a prefix on it. Every rank calls this."""
-    with sharded_construction(settings):
-        base = load_base(config.model) if config.model.name else new_base(config.model, tokenizer)
+    base = _base(config, settings, tokenizer)
     if config.train.method == "prefix":
         return _prefix_on(sharded(base, settings), config, tokenizer, world)
     shards = sharded_with_optimizer(base, settings, adamw(base.parameters(), config.train))
@@ -148,6 +150,13 @@ def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World
     lm.check_length(config.data.max_length, "data.max_length")
     engine = FullEngine(lm, shards, config.train, world, tokenizer)
     return Trained(engine, lm, shards, shards.num_parameters(), 0)
+
+
+def _base(config: RunConfig, settings: Settings, tokenizer: Any) -> nn.Module:
+    if config.model.name:
+        return in_shards(together(lambda: load_base(config.model)), settings)
+    with sharded_construction(settings):
+        return new_base(config.model, tokenizer)
 
 
 def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World) -> Trained:
@@ -198,9 +207,10 @@ def _tell(world: World, trained: Trained, examples: Iterable[Examples], start: P
     for e in examples:
         log.info("%s", e.report.line())
     log.info(
-        "trained %s, frozen %s elements; %s resident on each rank",
+        "trained %s, frozen %s elements%s; %s resident on each rank",
         f"{trained.num_trained:,}",
         f"{trained.num_frozen:,}",
+        f" ({in_8_bits:,} in 8 bits)" if (in_8_bits := trained.base.num_in_8_bits()) else "",
         f"{trained.base.resident_bytes() / 2**20:,.1f} MiB",
     )
     if start.step:

@@ -55,7 +55,7 @@ def test_pickled_weights_are_not_loaded(refused, base):
 def test_weights_that_were_cut_short(refused, base, keep):
     content = (base / WEIGHTS).read_bytes()
     (base / WEIGHTS).write_bytes(content[:keep])
-    assert refused(base).startswith(f"model.name: {base}/{WEIGHTS}: damaged or cut short: ")
+    assert refused(base).startswith(f"{base}/{WEIGHTS}: damaged or cut short: ")
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -63,7 +63,7 @@ def test_weights_that_were_cut_short(refused, base, keep):
     ("change", "said"),
     [
         ({TENSOR: None}, f"missing tensors (1): {TENSOR}"),
-        ({TENSOR: torch.zeros(3, 3)}, f"errors (1): size mismatch for {TENSOR}: "),
+        ({TENSOR: torch.zeros(3, 3)}, f"other shapes (1): ('{TENSOR}', "),
     ],
 )
 def test_a_tensor_that_is_missing_or_has_another_shape(refused, base, size, change, said):
@@ -79,9 +79,7 @@ def test_a_missing_file_of_several(refused, base):
     files = {name: "two.safetensors" if name == TENSOR else "one.safetensors" for name in tensors}
     (base / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     (base / WEIGHTS).unlink()
-    line = refused(base)
-    assert line.startswith(f"model.name: {base}: ")
-    assert "two.safetensors" in line
+    assert refused(base) == f"{base}/{WEIGHTS}.index.json: two.safetensors: there is no such file"
 
 
 def test_an_unknown_family(refused, base):

@@ -10,8 +10,9 @@ import torch
 from prefix_ds.config import parse_config
 from prefix_ds.data.batch import Batch
 from prefix_ds.dist import joined_world
+from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
-from prefix_ds.engine.sharding import sharded, sharded_construction
+from prefix_ds.engine.sharding import sharded
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import table_of
@@ -51,7 +52,7 @@ def answers(lm):
     return loss.item(), table_PD.detach().numpy(), table_PD.grad.numpy()
 
 
-def in_shards(folder, names, recompute):
+def answers_in_shards(folder, names, recompute):
     found = {}
     with joined_world() as world:
         for name in names:
@@ -60,9 +61,7 @@ def in_shards(folder, names, recompute):
             )
             settings = deepspeed_settings(config, world.size)
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # everything is in shards
-            with sharded_construction(settings):
-                base = load_base(config.model)
-            shards = sharded(base, settings)
+            shards = sharded(in_shards(load_base(config.model), settings), settings)
             assert all(p.numel() == 0 for p in shards.module.parameters())
             found[name] = answers(PrefixLM(shards.module, recompute=recompute, device=world.device))
     return found
@@ -75,7 +74,7 @@ def test_in_shards_as_whole(tmp_path, recompute):
         model = tiny(name)
         model.save_pretrained(tmp_path / name)
         whole[name] = answers(PrefixLM(model.float()))
-    for found in on_ranks(2, in_shards, tmp_path, FAMILIES, recompute):
+    for found in on_ranks(2, answers_in_shards, tmp_path, FAMILIES, recompute):
         for name in FAMILIES:
             for mine, expected in zip(found[name], whole[name], strict=True):
                 assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5), name

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room is a module or a package of prefix_ds; it may import rooms of strictly lower floors, and itself.
 FLOORS = [
     {"__init__", "errors"},
-    {"config", "dist", "files", "progress"},
-    {"prefix", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
+    {"config", "dist", "files", "progress", "promise"},
+    {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
     {"engine", "initial", "result", "suitability"},
     {"loop", "memory", "opening", "export"},
@@ -32,7 +32,8 @@ DOORS = {
     "deepspeed": {"engine"},
     "mlflow": {"tracking"},
     "peft": set(),
-    "transformers": {"model", "loading", "engine", "new_tokenizer", "logs"},
+    "bitsandbytes": set(),
+    "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs"},
     "datasets": {"data", "logs"},
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}

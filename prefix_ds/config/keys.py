@@ -31,6 +31,10 @@ class ModelKeys(Section):
     tokenizer: str | None = key(None, "hub id or folder of the tokenizer, when it is not the base's own")
     config: dict[str, Any] = key({}, "pretrain: the architecture (model_type and its sizes)")
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "number format of the base's weights")
+    bits: Literal[16, 8] = key(16, "8: linear layers as int8 and a scale a row; 16: all as model.dtype")
+    vocabulary_bits: Literal[16, 8] = key(
+        16, "the same for embeddings and output layer; 8 needs model.bits: 8"
+    )
     recompute: bool = key(
         False, "compute activations again in the backward pass: less memory, more time", free=True
     )
@@ -162,6 +166,16 @@ class RunConfig(Section):
             raise ValueError("model.config: pretrain needs a model_type (say llama) and its sizes")
         if not scratch and not self.model.name:
             raise ValueError("model.name: missing; name a folder or a hub id")
+        return self
+
+    @model_validator(mode="after")
+    def _bits_go_together(self) -> "RunConfig":
+        if self.model.bits == 8 and self.train.method != "prefix":
+            raise ValueError(
+                f"model.bits: 8 is for a frozen base; train.method {self.train.method} trains it"
+            )
+        if self.model.vocabulary_bits == 8 and self.model.bits != 8:
+            raise ValueError("model.vocabulary_bits: 8 needs model.bits: 8")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A base under ZeRO-3: built in shards, gathered layer by layer while it runs.
+"""A base under ZeRO-3: its parameters are shards, gathered layer by layer while it runs.
 
 For a frozen base `deepspeed.initialize` is given no optimizer, which yields DeepSpeed's parameter-offload
 engine: it shards, gathers and frees, in the forward and the backward pass, and has no opinion about
@@ -33,6 +33,10 @@ class Sharded:
         """Elements of the whole model."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
 
+    def num_in_8_bits(self) -> int:
+        """Elements stored as int8."""
+        return sum(p.ds_numel for p in self.module.parameters() if p.dtype == torch.int8)  # type: ignore[attr-defined]
+
     def resident_bytes(self) -> int:
         """Bytes of parameters and buffers that this rank holds between two steps."""
         shards = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
@@ -43,7 +47,8 @@ class Sharded:
         return sum(t.numel() * t.element_size() for t in [*shards, *whole])
 
 
-def _start_deepspeed() -> Any:
+def start_deepspeed() -> Any:
+    """The package, which is told of the device before it is imported, with its process group."""
     has_gpu()
     import deepspeed
     import deepspeed.ops
@@ -57,25 +62,25 @@ def _start_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def sharded_construction(settings: Settings) -> Iterator[None]:
-    """Within this block transformers builds and loads models in shards. Every rank calls this."""
+    """Within this block transformers builds new models in shards. Every rank calls this."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    _start_deepspeed()
+    start_deepspeed()
     held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference only
     yield
     del held
 
 
 def sharded(base: nn.Module, settings: Settings) -> Sharded:
-    """A base built by `sharded_construction`, ready to run and frozen. Every rank calls this."""
+    """A base whose parameters are shards, ready to run and frozen. Every rank calls this."""
     base.requires_grad_(False)
-    engine, *_ = _start_deepspeed().initialize(model=base, config=settings)
+    engine, *_ = start_deepspeed().initialize(model=base, config=settings)
     return Sharded(engine.module, engine)
 
 
 def sharded_with_optimizer(base: nn.Module, settings: Settings, optimizer: torch.optim.Optimizer) -> Sharded:
-    """A base built by `sharded_construction`, all of it trained by DeepSpeed. Every rank calls this."""
-    engine, *_ = _start_deepspeed().initialize(model=base, config=settings, optimizer=optimizer)
+    """A base whose parameters are shards, all of it trained by DeepSpeed. Every rank calls this."""
+    engine, *_ = start_deepspeed().initialize(model=base, config=settings, optimizer=optimizer)
     return Sharded(engine.module, engine)
 
 
@@ -84,7 +89,7 @@ def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:
 
     Every rank calls this; rank 0 usually is the one that keeps.
     """
-    deepspeed = _start_deepspeed()
+    deepspeed = start_deepspeed()
     whole: dict[str, Tensor] = {}
     buffers = {name: b for name, b in module.state_dict().items() if not isinstance(b, nn.Parameter)}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -61,13 +61,16 @@ class _Lines:
     def __init__(self, title: str, total: int, done: int, log_every_seconds: float) -> None:
         self._title, self._total, self._start = title, total, done
         self._every = log_every_seconds
+        self._ended = False
         self._began = time.monotonic()
         self._told = self._began
 
     def at(self, done: float, **shown: float | str) -> None:
         now = time.monotonic()
-        if done < self._total and now - self._told < self._every:
+        is_end = done >= self._total
+        if self._ended or (not is_end and now - self._told < self._every):
             return
+        self._ended = is_end
         self._told = now
         left = (now - self._began) / max(done - self._start, 1e-9) * (self._total - done)
         log.info("%s %d/%d  %s  %s left", self._title, done, self._total, _told(shown), _clock(left))

@@ -1,4 +1,5 @@
-"""What our step costs beside the same step written by hand: no DeepSpeed, no attention function, no packing code.
+"""What our step costs beside the same step written by hand: no DeepSpeed, no attention function, no packing
+code.
 
     python -m tests.benchmarks.overhead [PAIRS]
 

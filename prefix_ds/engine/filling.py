@@ -1,0 +1,121 @@
+"""Promised parameters become shards of ZeRO-3, each rank reading what it will hold.
+
+DeepSpeed's own way builds every parameter whole and keeps a part. Here a parameter is told its shape by a
+tensor of one repeated number, gets its shard (uneven sizes are padded, as DeepSpeed does), and the shard is
+read from the checkpoint in pieces. No collective call is made until all ranks have done so; then they agree
+that it went well. These are internals of DeepSpeed 0.19 (`zero.Init`); `tests/test_loading.py` holds them.
+
+Knows nothing of files.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_ds.dist import together
+from prefix_ds.engine.settings import Settings
+from prefix_ds.engine.sharding import start_deepspeed
+from prefix_ds.promise import read
+from prefix_ds.tracking import Progress, progress_bar
+
+log = logging.getLogger(__name__)
+
+_PIECE_NUMBERS = 2**24
+_QUICK_BYTES = 2**28
+
+
+def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
+    """The base, every promised parameter of which is now a filled shard.
+
+    Raises ModelError. Every rank calls this.
+    """
+    began = time.perf_counter()
+    init = start_deepspeed().zero.Init(config_dict_or_path=settings)
+    with init:  # entering exchanges torch's linear for one that saves no gathered weight
+        pass
+    holders = _holders(base)
+    total = sum(-(-p.numel() // init.dp_world_size) * p.element_size() for p in holders)
+    takes_a_while = total > _QUICK_BYTES
+    with progress_bar("loading, MiB", total >> 20, is_visible=takes_a_while and init.rank == 0) as bar:
+        together(lambda: _fill(holders, init, bar))
+    if takes_a_while:
+        seconds = time.perf_counter() - began
+        log.info("loaded %s MiB a rank in %.1f s", f"{total / 2**20:,.0f}", seconds)
+    return base
+
+
+Holders = dict[Tensor, list[tuple[nn.Module, str]]]
+
+
+def _holders(base: nn.Module) -> Holders:
+    """Each parameter, with every module that has it and its name there."""
+    holders: Holders = {}
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(parameter, []).append((module, name))
+    return holders
+
+
+def _fill(holders: Holders, init: Any, bar: Progress) -> None:
+    """Exchanges and fills one parameter after the other."""
+    done = 0
+    for promised, places in holders.items():
+        parameter = _sharded(promised, init)
+        for module, name in places:
+            module._parameters[name] = parameter
+        for count in _read_shard(promised, parameter, init):
+            done += count
+            bar.at(done >> 20)
+
+
+def _sharded(promised: Tensor, init: Any) -> Any:
+    """A parameter whose shard is there, but not its numbers."""
+    shape_only = torch.empty(1, dtype=promised.dtype, device=init.local_device).expand(promised.shape)
+    parameter: Any = nn.Parameter(shape_only, requires_grad=promised.requires_grad)
+    init._convert_to_deepspeed_param(parameter)
+    size = init._aligned_size(parameter) // init.dp_world_size
+    parameter.ds_tensor = _empty_shard(parameter, size, init)
+    parameter.ds_tensor.ds_numel = size
+    parameter.ds_numel_aligned = size * init.dp_world_size
+    parameter.data = torch.empty(0, dtype=promised.dtype, device=init.local_device)
+    parameter.ds_status = type(parameter.ds_status).NOT_AVAILABLE
+    return parameter
+
+
+def _empty_shard(parameter: Any, size: int, init: Any) -> Any:
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
+    on_disk = init.param_swapper is not None and init.param_swapper.swappable_tensor(numel=size)
+    if on_disk:
+        buffer = init.param_swapper.get_buffer(parameter, size)
+        shard: Any = torch.empty(0, dtype=parameter.dtype, device=buffer.device)
+        shard.data = buffer.data
+    else:
+        is_here = parameter.ds_persist or init.remote_device == init.local_device
+        device = init.local_device if is_here else torch.device("cpu")
+        shard = torch.empty(size, dtype=parameter.dtype, device=device)
+        if not is_here and init.pin_memory and torch.cuda.is_available():
+            shard = shard.pin_memory()
+    shard.status = PartitionedParamStatus.AVAILABLE
+    shard.final_location = OffloadDeviceEnum.nvme if on_disk else None
+    return shard
+
+
+def _read_shard(promised: Tensor, parameter: Any, init: Any) -> Iterator[int]:
+    """Fills the shard piece by piece; yields the bytes of each. What is beyond the tensor's end is zero."""
+    shard = parameter.ds_tensor
+    first = init.rank * shard.ds_numel
+    length = max(0, min(shard.ds_numel, promised.numel() - first))
+    shard[length:].zero_()
+    for start in range(0, length, _PIECE_NUMBERS):
+        stop = min(length, start + _PIECE_NUMBERS)
+        shard[start:stop].copy_(read(promised, first + start, first + stop))
+        yield (stop - start) * shard.element_size()
+    if shard.final_location is not None:
+        init.param_swapper.swap_out_and_release([parameter])

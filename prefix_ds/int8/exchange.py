@@ -1,0 +1,62 @@
+"""A base's weights are exchanged for 8-bit ones while they are still promises.
+
+Every `nn.Linear` and GPT-2's `Conv1D` but the output layer, and stacked experts; embeddings and output layer
+if they are asked for. Classes derived from these are left alone: what they add is not known. Tensors that are
+one and the same before are so afterwards.
+
+Knows nothing of files or shards.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from prefix_ds.int8 import experts
+from prefix_ds.int8.modules import Int8Embedding, Int8Linear
+from prefix_ds.int8.quantise import QuantisedRows
+from prefix_ds.promise import Promise
+
+Pair = tuple[nn.Parameter, nn.Parameter]
+
+
+def stored_in_8_bits(base: Any, vocabulary: bool) -> None:
+    """Exchanges modules of a transformers base whose parameters are promises, in place."""
+    pairs: dict[Tensor, Pair] = {}
+    ends = {base.get_input_embeddings(), base.get_output_embeddings()}
+    for name, module in list(base.named_modules()):
+        if module in ends and not vocabulary:
+            continue
+        if new := _exchanged(module, pairs, module in ends):
+            base.set_submodule(name, new)
+        for stack in experts.stacks_of(module):
+            _store_stack(module, stack, pairs)
+
+
+def _exchanged(module: Any, pairs: dict[Tensor, Pair], is_end: bool) -> nn.Module | None:
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if kind in ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"):
+        values, scales = _pair(module.weight, pairs)
+        return Int8Linear(values, scales, module.bias, by_rows=kind.endswith("Linear"))
+    if is_end and kind == "torch.nn.modules.sparse.Embedding":
+        return Int8Embedding(*_pair(module.weight, pairs), like=module.weight)
+    return None
+
+
+def _store_stack(module: nn.Module, name: str, pairs: dict[Tensor, Pair]) -> None:
+    values, scales = _pair(getattr(module, name), pairs)
+    setattr(module, name, values)
+    module.register_parameter(name + experts.SCALE, scales)
+    experts.switch_experts(module)
+
+
+def _pair(weight: Tensor, pairs: dict[Tensor, Pair]) -> Pair:
+    """The weight's numbers and scales as parameters; a tensor that is tied has one pair."""
+    if weight not in pairs:
+        assert isinstance(weight, Promise)
+        rows = QuantisedRows(weight.source)
+        pairs[weight] = _frozen(rows.values), _frozen(rows.scales)
+    return pairs[weight]
+
+
+def _frozen(source: Any) -> nn.Parameter:
+    return nn.Parameter(Promise.of(source), requires_grad=False)

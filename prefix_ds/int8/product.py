@@ -1,0 +1,79 @@
+"""Products with a weight stored in 8 bits, and the gradient to the input.
+
+An int8 number is exact in bfloat16, so a tile of the weight is only cast, never rounded, and the scales are
+multiplied into the smaller factor: with one scale a row of the weight W [R, K],
+
+    x W' = (x Q') * scale        and        x W = (x * scale) Q
+
+The second is the gradient of the first and the other way round. The weight is cast tile by tile: a whole
+layer in bfloat16 would be twice the bytes that 8 bits save. For the backward pass the parameter itself is
+kept, not what was gathered into it: an alias of a gathered weight keeps its memory, in every layer.
+
+Rejected: casting and scaling the weight (rounds it again, and touches more numbers); bitsandbytes'
+`Linear8bitLt` (its state keeps a full int8 copy on every rank under ZeRO-3).
+
+Knows nothing of modules.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TILE_NUMBERS = {"cpu": 2**21, "cuda": 2**26}  # of the weight, cast at once
+
+
+def times_rows(x: Tensor, weight: Tensor, scale: Tensor, index: int | None = None) -> Tensor:
+    """x [..., K] times the transposed weight [R, K]: [..., R]. `index` picks a matrix of a stack."""
+    product: Tensor = _Product.apply(x, weight, scale, index, True)  # type: ignore[no-untyped-call]
+    return product
+
+
+def times_columns(x: Tensor, weight: Tensor, scale: Tensor, index: int | None = None) -> Tensor:
+    """x [..., R] times the weight [R, K]: [..., K]. `index` picks a matrix of a stack."""
+    product: Tensor = _Product.apply(x, weight, scale, index, False)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.index, ctx.by_rows = index, by_rows
+        return _product(x, weight, scale, index, by_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return _product(grads[0], weight, scale, ctx.index, not ctx.by_rows), None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool) -> Tensor:
+    matrix_RK, scale_R = (weight, scale) if index is None else (weight[index], scale[index])
+    flat = x.reshape(-1, x.shape[-1])
+    result = _by_rows(flat, matrix_RK, scale_R) if by_rows else _by_columns(flat, matrix_RK, scale_R)
+    return result.view(*x.shape[:-1], -1)
+
+
+def _by_rows(x_MK: Tensor, matrix_RK: Tensor, scale_R: Tensor) -> Tensor:
+    result_MR = x_MK.new_empty(len(x_MK), len(matrix_RK))
+    for tile in _tiles(len(matrix_RK), matrix_RK.shape[1], x_MK.device):
+        result_MR[:, tile] = x_MK @ matrix_RK[tile].to(x_MK.dtype).t()
+    return result_MR.mul_(scale_R)
+
+
+def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor) -> Tensor:
+    scaled_MR = (x_MR * scale_R).to(x_MR.dtype)
+    result_MK = x_MR.new_empty(len(x_MR), matrix_RK.shape[1])
+    for tile in _tiles(matrix_RK.shape[1], len(matrix_RK), x_MR.device):
+        result_MK[:, tile] = scaled_MR @ matrix_RK[:, tile].to(x_MR.dtype)
+    return result_MK
+
+
+def _tiles(length: int, width: int, device: torch.device) -> list[slice]:
+    """Slices of a dimension, such that a tile has about as many numbers as suits the device."""
+    count = max(1, length * width // _TILE_NUMBERS.get(device.type, 2**26))
+    size = -(-length // count)
+    return [slice(start, start + size) for start in range(0, length, size)]

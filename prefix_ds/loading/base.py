@@ -1,0 +1,124 @@
+"""From a hub id or a folder to a tokenizer and a model.
+
+A model is loaded in two halves. Here it gets its structure, and of its weights promises: transformers' own
+loading runs on tensors that are not read yet, so its renamings, merges and ties apply, and none of them is
+written down again. Who holds which part of a weight then reads that part (`engine.filling`). Rejected:
+transformers' loading under ZeRO-3, by which rank 0 reads everything and every rank holds each tensor in turn.
+
+What transformers would leave at random (a tensor the files lack) is refused: a frozen base with one random
+layer trains without complaint. Knows nothing of training or prefixes.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefix_ds.config import ModelKeys
+from prefix_ds.errors import ModelError
+from prefix_ds.int8 import stored_in_8_bits
+from prefix_ds.loading.complaints import config_errors, library_errors, one_line, place
+from prefix_ds.loading.files import stored_tensors
+from prefix_ds.loading.prequantised import dequantised
+from prefix_ds.promise import Promise, kept
+
+# What transformers reports of a loading, in words.
+_GAPS = {"missing_keys": "missing tensors", "mismatched_keys": "other shapes", "conversion_errors": "errors"}
+
+
+def load_tokenizer(keys: ModelKeys) -> Any:
+    """The tokenizer of the base, or the one `model.tokenizer` names. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    name = str(keys.tokenizer or keys.name)
+    where = place("model.tokenizer" if keys.tokenizer else "model.name", name)
+    with library_errors(f"{where}: has no tokenizer that can be loaded (model.tokenizer can name another)"):
+        return AutoTokenizer.from_pretrained(
+            name, revision=keys.revision, trust_remote_code=keys.trust_remote_code
+        )
+
+
+def load_base(keys: ModelKeys) -> nn.Module:
+    """The base; its parameters are promises. Raises ModelError. Makes no collective call."""
+    where = place("model.name", str(keys.name))
+    with library_errors(where):
+        base = _promised(keys, where)
+    for module in base.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, kept(buffer))
+    if keys.bits == 8:
+        stored_in_8_bits(base, vocabulary=keys.vocabulary_bits == 8)
+    return base
+
+
+def _promised(keys: ModelKeys, where: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = {"revision": keys.revision, "trust_remote_code": keys.trust_remote_code}
+    config = AutoConfig.from_pretrained(keys.name, **source)
+    tensors = dequantised(stored_tensors(keys), config)
+    try:
+        with _opened_as({name: Promise.of(tensor) for name, tensor in tensors.items()}):
+            base, report = AutoModelForCausalLM.from_pretrained(
+                keys.name,
+                config=config,
+                dtype=getattr(torch, keys.dtype),
+                use_safetensors=True,  # never a pickle
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                output_loading_info=True,
+                **source,
+            )
+    except RuntimeError as error:  # of its conversions; its report has been logged
+        raise ModelError(f"{where}: its weights do not fit its config.json: {one_line(error)}") from error
+    _refuse_gaps(report, where)
+    assert isinstance(base, nn.Module)
+    return base
+
+
+class _Opened:
+    """What transformers asks of an open safetensors file, answered with promises."""
+
+    def __init__(self, tensors: Mapping[str, Promise]) -> None:
+        self.keys, self.get_slice = tensors.keys, tensors.__getitem__
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _opened_as(tensors: Mapping[str, Promise]) -> Iterator[None]:
+    """Whichever file transformers opens inside, it finds these tensors; it merges what it finds."""
+    from transformers import modeling_utils
+
+    original = modeling_utils.safe_open
+    modeling_utils.safe_open = lambda *_, **__: _Opened(tensors)
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = original
+
+
+def new_base(keys: ModelKeys, tokenizer: Any) -> nn.Module:
+    """A base of the architecture in `model.config`, of the tokenizer's size, with random weights.
+
+    Raises ConfigError. Every rank calls this.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = special | keys.config | {"vocab_size": len(tokenizer)}
+    with config_errors():
+        config = AutoConfig.for_model(**sizes)
+        base: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, keys.dtype))
+    return base
+
+
+def _refuse_gaps(report: dict[str, Any], where: str) -> None:
+    for kind, words in _GAPS.items():
+        if gaps := sorted(map(str, report.get(kind, ()))):
+            shown = one_line(", ".join(gaps[:3]))
+            raise ModelError(
+                f"{where}: its weights do not fit its config.json: {words} ({len(gaps)}): {shown}"
+            )

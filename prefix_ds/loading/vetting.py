@@ -1,0 +1,69 @@
+"""What can be found out about a base without its weights.
+
+It is found out first, since an error of one rank in the middle of a loading leaves the others waiting.
+
+Knows nothing of training.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from prefix_ds.config import ModelKeys
+from prefix_ds.errors import ConfigError, ModelError
+from prefix_ds.loading.complaints import config_errors, did_you_mean, library_errors, place
+from prefix_ds.loading.files import stored_tensors
+
+
+def check_new(keys: ModelKeys) -> None:
+    """Raises ConfigError where `model.config` names no architecture, or a size that it does not have.
+
+    transformers takes a mistyped size without a word, and its own default for the right one.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    family = str(keys.config["model_type"])
+    if family not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(family, CONFIG_MAPPING, n=1)
+        raise ConfigError(f"model.config.model_type: {family}: unknown" + did_you_mean(near))
+    known = {*CONFIG_MAPPING[family]().to_dict(), *CONFIG_MAPPING[family].attribute_map}
+    for name in keys.config:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"model.config.{name}: {family} has no such size" + did_you_mean(near))
+    with config_errors():
+        AutoConfig.for_model(**keys.config)
+
+
+def vetted_config(keys: ModelKeys) -> Any:
+    """The transformers configuration of the base, whose files are there and whole as far as a look tells.
+
+    Quick; reads no weights. Raises ModelError.
+    """
+    from transformers import AutoConfig
+
+    check_folder(keys)
+    with library_errors(place("model.name", str(keys.name))):
+        return AutoConfig.from_pretrained(
+            keys.name, revision=keys.revision, trust_remote_code=keys.trust_remote_code
+        )
+
+
+def check_folder(keys: ModelKeys) -> None:
+    """Raises ModelError when `model.name` looks like a folder and is not a usable one.
+
+    Quick; of the weights it reads the files' headers.
+    """
+    name = keys.name or ""
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"model.name: {name}: there is no such folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.name: {name}: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model.name: {name}: the folder has no .safetensors file (pickled weights are not loaded)"
+        )
+    stored_tensors(keys)
