@@ -9,6 +9,7 @@ Knows nothing of data or engines.
 from prefix_ds.config import RunConfig
 from prefix_ds.loading import check_new, vetted_config
 from prefix_ds.model.families import check_family
+from prefix_ds.model.skeleton import check_skeleton
 
 
 def check_base(config: RunConfig) -> None:
@@ -20,3 +21,5 @@ def check_base(config: RunConfig) -> None:
     if config.train.method == "prefix":
         for part in (base_config, base_config.get_text_config(decoder=True)):
             check_family(str(part.model_type))
+        keys = config.model
+        check_skeleton(base_config, keys.attention, trust_remote_code=keys.trust_remote_code)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.ranks import command
 from tests.refusals import refusal
-from tests.tiny_models import tiny, tiny_config
+from tests.tiny_models import tiny_config
 
 WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
 
@@ -89,9 +89,10 @@ def test_an_unknown_family(refused, base):
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
-def test_a_base_that_no_prefix_can_enter(refused, place, family):
+def test_a_base_that_no_prefix_can_enter_is_refused_before_its_weights_are_read(refused, place, family):
     folder = place / family
-    tiny(family).float().save_pretrained(folder)
+    tiny_config(family).save_pretrained(folder)
+    save_file({}, folder / WEIGHTS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(place / "base" / name, folder / name)
     line = refused(folder)

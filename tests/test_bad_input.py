@@ -64,6 +64,18 @@ def test_a_wrong_key_names_file_and_line(place, tmp_path):
     assert refusal("train", tmp_path / "gone.yaml").startswith(f"{tmp_path}/gone.yaml: cannot be read")
 
 
+@pytest.mark.parametrize(
+    "key", ["model.name", "model.tokenizer", "data.train", "engine.deepspeed", "run.folder"]
+)
+def test_a_name_that_no_file_can_have(place, tmp_path, key):
+    tree = yaml.safe_load((place / "run.yaml").read_text())
+    section, own = key.split(".")
+    tree[section][own] = "a\0b"
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(tree))
+    line = refusal("train", tmp_path / "bad.yaml")
+    assert line.endswith(f": {key}: 'a\\x00b': a text cannot hold the character NUL")
+
+
 def test_every_wrong_key_has_a_line(place):
     (ended,) = command("train", place / "run.yaml", "train.lr=a", "data.max_length=b")
     assert ended.code == 2
@@ -87,6 +99,23 @@ STAGE = {"stage": 3}
         (
             {"zero_optimization": STAGE | {"overlap_com": True}},
             "unknown key zero_optimization.overlap_com; did you mean overlap_comm?",
+        ),
+        (
+            {"zero_optimization": STAGE, "wal_clock_breakdown": True},
+            "unknown key wal_clock_breakdown; did you mean wall_clock_breakdown?",
+        ),
+        (
+            {"zero_optimization": STAGE, "aio": {"queu_depth": 4}},
+            "unknown key aio.queu_depth; did you mean queue_depth?",
+        ),
+        (
+            {"zero_optimization": STAGE, "comms_logger": {"enabled": True, "verbos": True}},
+            "unknown key comms_logger.verbos",
+        ),
+        ({"zero_optimization": STAGE, "aio": 3}, "aio: DeepSpeed does not take it: 'int' object has no"),
+        (
+            {"zero_optimization": STAGE, "wandb": {}},
+            "wandb has no place here: metrics are written by the run",
         ),
         (
             {"zero_optimization": STAGE | {"overlap_comm": "maybe"}},

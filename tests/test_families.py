@@ -12,6 +12,7 @@ since float64 goes by that name here. So there is one tolerance, and it is round
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor
 from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.families import REFUSED
+from prefix_ds.model.skeleton import check_skeleton
 from tests.laws import batch_of, calls_of, distance, seen_steps, table_of
-from tests.tiny_models import FAMILIES, tiny
+from tests.tiny_models import FAMILIES, tiny, tiny_config
 
 TOLERANCE = 1e-12  # relative to the largest logit
 WRONG = 1e-2  # what a missing or misplaced prefix exceeds by far
@@ -281,6 +283,13 @@ def test_packed_with_windows(windowed: Subject) -> None:
 def test_attention_of_another_kind_is_refused(family: str) -> None:
     with pytest.raises(ModelError, match="never call the attention functions that transformers"):
         PrefixLM(tiny(family))
+
+
+@pytest.mark.parametrize("family", [*NEVER_CALLED, *EXACT, *HYBRID, *INEXACT])
+def test_without_weights_the_same_families_are_refused(family: str) -> None:
+    is_refused = family in NEVER_CALLED
+    with pytest.raises(ModelError, match="never call") if is_refused else nullcontext():
+        check_skeleton(tiny_config(family), "auto")
 
 
 def named(family: str) -> Any:

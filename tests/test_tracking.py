@@ -218,6 +218,7 @@ def test_progress_in_a_file_is_a_line_now_and_then(
     with progress_bar("training", 1000, log_every_seconds=3600) as bar:
         for step in range(1, 1001):
             bar.at(step, loss=2.5)
+        bar.at(1000, loss=2.5)  # the last step is validated and saved, and told again
     assert caplog.messages == ["training 1000/1000  loss 2.5  0:00:00 left"]
     with (
         progress_bar("training", 4, log_every_seconds=0) as bar,

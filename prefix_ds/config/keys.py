@@ -7,9 +7,11 @@ its checkpoint: it says how the work is done or shown, not what comes out.
 Knows nothing of tensors, clusters or files; imports no torch.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def key(default: Any, doc: str, *, free: bool = False, **bounds: Any) -> Any:
@@ -21,6 +23,24 @@ class Section(BaseModel):
     """A frozen group of keys; an unknown one is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _texts_have_no_nul(cls, value: Any) -> Any:
+        """No file can have such a name, and whoever opens it says so with a traceback."""
+        if any("\0" in text for text in _texts(value)):
+            raise PydanticCustomError("nul", "a text cannot hold the character NUL")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 class ModelKeys(Section):

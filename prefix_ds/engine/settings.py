@@ -24,10 +24,27 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
     "gradient_accumulation_steps": "train.micro_batch_tokens",
     "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
     "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
     "gradient_clipping": "train.clip_norm",
     "optimizer": "train.lr",
     "scheduler": "train.schedule",
+}
+
+# What DeepSpeed takes and a run cannot bear, or would not notice.
+_METRICS = "metrics are written by the run and sent to MLflow"
+_SPREAD = "ranks share the data, and ZeRO-3 the model"
+_REFUSED = {
+    "autotuning": "it starts runs of its own",
+    "data_efficiency": "the run's data keys say what is in a batch",
+    "expert_parallel": _SPREAD,
+    "gradient_allreduce_op": "gradients are sums over parts of one batch",
+    "hybrid_engine": "it replaces the engine",
+    "pipeline": _SPREAD,
+    "sequence_parallel_size": _SPREAD,
+    "tensor_parallel": _SPREAD,
+    **dict.fromkeys(("comet", "csv_monitor", "tensorboard", "wandb"), _METRICS),
 }
 
 
@@ -35,11 +52,13 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> Settings:
     """The resolved DeepSpeed configuration of a run. Raises ConfigError."""
     name = config.engine.deepspeed
     settings = _read(name)
-    for key, ours in _OURS.items():
-        if key in settings:
+    for key in settings:
+        if key in _OURS:
             raise ConfigError(
-                f"engine.deepspeed: {name}: {key} is given twice: remove it, {ours} of run.yaml says it"
+                f"engine.deepspeed: {name}: {key} is given twice: remove it, {_OURS[key]} of run.yaml says it"
             )
+        if key in _REFUSED:
+            raise ConfigError(f"engine.deepspeed: {name}: {key} has no place here: {_REFUSED[key]}")
     _refuse_auto(settings, name)
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None

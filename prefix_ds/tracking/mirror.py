@@ -3,7 +3,8 @@
 Started by the tracker, it follows metrics.jsonl and tells the server what is new, once a second. A server
 that is away is asked again after 1, 2, 4 .. 60 seconds, and told everything when it is back. The process
 ignores the signals that stop a job, since it still has to tell how the job ended, and never outlives the
-trainer by more than its patience: a thread of its own sees to that, whatever a hanging request does.
+trainer by more than its patience: a thread of its own sees to that, whatever a hanging request does. Patience
+begins when this process is ready to ask: on a busy machine a short run is over before MLflow is imported.
 
 The trainer's end is the end of stdin, or another parent process (a forked worker may hold stdin open). The
 status is what the trainer said before; FAILED if it said nothing, as when it was killed.
@@ -151,32 +152,38 @@ def main() -> int:
         return _INCOMPLETE
     uri, patience = trainer.wishes["uri"], trainer.wishes["patience_seconds"]
     _log_to_stdout(uri)
-    threading.Thread(target=_end_in_time, args=(trainer, patience), daemon=True).start()
+    is_ready = threading.Event()
+    limits = (trainer, is_ready, trainer.wishes["start_seconds"], patience)
+    threading.Thread(target=_end_in_time, args=limits, daemon=True).start()
     try:
         with only_writer(run, patience_seconds=patience + 10):  # a killed trainer's mirror may still be there
             if trainer.wishes["is_new"]:
                 forget_state(run)
-            has_all = _follow(run, uri, trainer)
+            has_all = _follow(run, uri, trainer, is_ready)
     except Exception as error:
         log.error("MLflow gets nothing more: %s", _short(error))
         return _INCOMPLETE
     return 0 if has_all else _INCOMPLETE
 
 
-def _follow(run: Path, uri: str, trainer: Trainer) -> bool:
+def _follow(run: Path, uri: str, trainer: Trainer, is_ready: threading.Event) -> bool:
     from prefix_ds.tracking.machine import Machine
     from prefix_ds.tracking.mlflow_run import MlflowRun
     from prefix_ds.tracking.mlflow_terms import quiet_mlflow
 
     quiet_mlflow()
-    mirror = Mirror(MlflowRun(run, uri), Machine(uri), trainer)
+    mirror = Mirror(MlflowRun(run, uri), Machine(uri), trainer)  # a new database has been made by now
+    is_ready.set()
     mirror.follow()
     return mirror.has_all
 
 
-def _end_in_time(trainer: Trainer, patience_seconds: float) -> None:
-    """Ends this process at the latest `patience_seconds` after the trainer."""
+def _end_in_time(
+    trainer: Trainer, is_ready: threading.Event, start_seconds: float, patience_seconds: float
+) -> None:
+    """Ends this process `patience_seconds` after the trainer, or after it is ready if that is later."""
     trainer.watch()
+    is_ready.wait(start_seconds)
     time.sleep(patience_seconds)
     os._exit(_INCOMPLETE)
 

@@ -35,6 +35,7 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]  # MLflow's words
 
 # A request that hangs is given up some day; a large file may take its time.
 _FINITE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_START_SECONDS = 45.0  # the longest that a mirror may take to import MLflow and to make a database
 _SILENT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
@@ -69,7 +70,7 @@ def open_tracker(
 
     `uri` is MLflow's, None for metrics.jsonl alone. `resume_step` is the step of the checkpoint the run goes
     on from, None for a run from the start, which becomes a new run in MLflow too. At its end the tracker
-    waits at most `patience_seconds` for MLflow.
+    waits at most `patience_seconds` for MLflow, once the mirror has started.
     """
     if not is_first:
         return SilentTracker()
@@ -160,7 +161,7 @@ class MirrorProcess:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
-            code = self._process.wait(self._patience + 2)  # it gives up by itself after its patience
+            code = self._process.wait(_START_SECONDS + self._patience + 2)  # it gives up by itself
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
@@ -184,7 +185,8 @@ def _started_mirror(run: Path, uri: str, is_new: bool, patience_seconds: float) 
         log.warning("MLflow gets nothing for now: its mirror cannot be started: %s", error)
         return None
     mirror = MirrorProcess(process, run, patience_seconds)
-    mirror.tell({"uri": absolute_uri(uri), "is_new": is_new, "patience_seconds": patience_seconds})
+    limits = {"start_seconds": _START_SECONDS, "patience_seconds": patience_seconds}
+    mirror.tell({"uri": absolute_uri(uri), "is_new": is_new, **limits})
     return mirror
 
 
