@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from prefix_ds import __version__
@@ -211,10 +212,16 @@ def _tell(world: World, trained: Trained, examples: Iterable[Examples], start: P
         f"{trained.num_trained:,}",
         f"{trained.num_frozen:,}",
         f" ({in_8_bits:,} in 8 bits)" if (in_8_bits := trained.base.num_in_8_bits()) else "",
-        f"{trained.base.resident_bytes() / 2**20:,.1f} MiB",
+        _resident(trained.base, world.device),
     )
     if start.step:
         log.info("going on after step %d", start.step)
+
+
+def _resident(base: Sharded, device: torch.device) -> str:
+    total, here = base.resident_bytes(), base.resident_bytes(device)
+    elsewhere = f" ({(total - here) / 2**20:,.1f} of them in the host's memory)" if here < total else ""
+    return f"{total / 2**20:,.1f} MiB{elsewhere}"
 
 
 def _farewell(memory: RunMemory, end: Progress) -> str:

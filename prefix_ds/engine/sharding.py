@@ -37,14 +37,15 @@ class Sharded:
         """Elements stored as int8."""
         return sum(p.ds_numel for p in self.module.parameters() if p.dtype == torch.int8)  # type: ignore[attr-defined]
 
-    def resident_bytes(self) -> int:
-        """Bytes of parameters and buffers that this rank holds between two steps."""
+    def resident_bytes(self, device: torch.device | None = None) -> int:
+        """Bytes of parameters and buffers that this rank holds between two steps, in all or on a device."""
         shards = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
         whole = [
             *self.module.parameters(),
             *self.module.buffers(),
         ]  # a shard's parameter is empty, of size [0]
-        return sum(t.numel() * t.element_size() for t in [*shards, *whole])
+        held = [t for t in [*shards, *whole] if device is None or t.device.type == device.type]
+        return sum(t.numel() * t.element_size() for t in held)
 
 
 def start_deepspeed() -> Any:

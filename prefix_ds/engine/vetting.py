@@ -35,7 +35,13 @@ def _mistakes(settings: Settings) -> Iterator[str]:
     from pydantic import ValidationError
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    read = _Watched({key: value for key, value in settings.items() if key not in _BATCH_SIZES})
+    read = _Watched(
+        {
+            key: _Watched(value) if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key not in _BATCH_SIZES
+        }
+    )
     try:
         DeepSpeedConfig(read)
     except ValidationError as error:
@@ -50,10 +56,13 @@ def _mistakes(settings: Settings) -> Iterator[str]:
 
 
 class _Watched(dict[str, Any]):
-    """Settings that remember what was looked up in them, and so do their sections."""
+    """Settings that remember what was looked up in them.
+
+    What is deeper than a section belongs to DeepSpeed's pydantic models, which forbid what they do not know.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__({k: _Watched(v) if isinstance(v, dict) else v for k, v in settings.items()})
+        super().__init__(settings)
         self.asked: list[str] = []
 
     def __getitem__(self, key: str) -> Any:
