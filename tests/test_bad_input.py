@@ -94,6 +94,10 @@ STAGE = {"stage": 3}
         ('{"zero_optimization": {}, "zero_optimization": {"stage": 3}}', "zero_optimization is given twice"),
         ('{"zero_optimization":', "cannot be read: Expecting value: line 1 column 22"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage: 2: expected 3"),
+        (
+            {"zero_optimization": STAGE | {"zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size: not verified, leave it out",
+        ),
         ({"zero_optimization": 3}, "zero_optimization.stage: None: expected 3"),
         ([3], "expected an object, found list"),
         (
