@@ -35,8 +35,6 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
     """
     began = time.perf_counter()
     init = start_deepspeed().zero.Init(config_dict_or_path=settings)
-    with init:  # entering exchanges torch's linear for one that saves no gathered weight
-        pass
     holders = _holders(base)
     total = sum(-(-p.numel() // init.dp_world_size) * p.element_size() for p in holders)
     takes_a_while = total > _QUICK_BYTES

@@ -20,6 +20,7 @@ from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed
 from prefix_ds.engine.prefix_engine import mean_loss, refuse_nonsense
+from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.sharding import Sharded, whole_tensors
 from prefix_ds.engine.step import StepReport
 from prefix_ds.files import whole_folder
@@ -43,7 +44,8 @@ class FullEngine:
         for number, batch in enumerate(share.micro_batches, start=1):
             engine.optimizer.clear_backward_seen_flag()  # or the last gradient replaces the others
             engine.set_gradient_accumulation_boundary(number == len(share.micro_batches))
-            part = self.lm.loss(batch.to(self.world.device), None, ()) / share.global_targets
+            with saving_parameters():
+                part = self.lm.loss(batch.to(self.world.device), None, ()) / share.global_targets
             engine.backward(part * self.world.size)
             loss += part.detach()
         for group in engine.optimizer.param_groups:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed
+from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.step import StepReport
 from prefix_ds.errors import RunError
 from prefix_ds.model import PrefixLM
@@ -54,7 +55,9 @@ class PrefixEngine:
         leaf = table.detach().requires_grad_()
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in share.micro_batches:
-            part = self.lm.loss(batch.to(self.world.device), leaf, self.prefix.slots) / share.global_targets
+            with saving_parameters():
+                summed_nll = self.lm.loss(batch.to(self.world.device), leaf, self.prefix.slots)
+            part = summed_nll / share.global_targets
             torch.autograd.backward(part)
             loss += part.detach()
             self.lm.detach()

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from prefix_ds.config import parse_config
 from prefix_ds.data.batch import Batch, Share
 from prefix_ds.dist import joined_world
+from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import deepspeed_settings
-from prefix_ds.engine.sharding import sharded, sharded_construction
+from prefix_ds.engine.sharding import sharded
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import Direct, keys_values_of, random_table
 
@@ -44,9 +45,7 @@ def main():
         share, config = made_share(), parse_config(RUN)
         plain = new_model()
         settings = deepspeed_settings(config, world.size)
-        with sharded_construction(settings):
-            base = new_model()
-        shards = sharded(base, settings)
+        shards = sharded(in_shards(new_model(), settings), settings)
         lm = PrefixLM(shards.module, device=world.device)
         table = random_table(lm.slots, PREFIX, 0.02, seed=0)
         engine = PrefixEngine(lm, Direct(lm.slots, table), config.train, world, write=None)
