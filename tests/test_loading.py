@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from prefix_ds.config import parse_config
 from prefix_ds.dist import joined_world
@@ -30,7 +30,7 @@ from prefix_ds.loading import load_base
 from prefix_ds.loading.tensor_file import TensorFile
 from prefix_ds.promise import Promise, read
 from tests.ranks import on_ranks
-from tests.tiny_models import FAMILIES, tiny
+from tests.tiny_models import FAMILIES, tiny, tiny_config
 from tests.workshop import base_folder
 
 # transformers itself does not load these from a folder: it saves the configuration of their text half.
@@ -44,6 +44,7 @@ NOT_MADE = {
 READ_TWICE = {"inkling2_text": "two parameters are made of one tensor, by an operation on all of it"}
 
 WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+ONE = "model-00001-of-00001.safetensors"
 
 
 def config_for(folder, *overrides):
@@ -51,8 +52,8 @@ def config_for(folder, *overrides):
     return parse_config(text, overrides)
 
 
-def loaded_whole(folder, dtype):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+def loaded_whole(folder, dtype, **more):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **more)
 
 
 @pytest.fixture
@@ -307,13 +308,14 @@ def test_a_file_of_sound_entries(tmp_path):
         ({TENSOR: "../model.safetensors"}, "expected the name of a .safetensors file beside the index"),
         ({TENSOR: "/etc/passwd"}, "expected the name of a .safetensors file beside the index"),
         ({TENSOR: "gone.safetensors"}, "gone.safetensors: there is no such file"),
-        ({"gone.weight": WEIGHTS}, f"gone.weight: not in {WEIGHTS}, where the index says it is"),
+        ({"gone.weight": ONE}, f"gone.weight: not in {ONE}, where the index says it is"),
         ({TENSOR: 3}, "'3': expected the name"),
     ],
 )
 def test_an_index_that_points_elsewhere(tmp_path, places, said):
     folder = base_folder(tmp_path / "base")
     shutil.copy(folder / WEIGHTS, tmp_path)
+    (folder / WEIGHTS).rename(folder / ONE)
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ModelError) as caught:
         load_base(config_for(folder).model)
@@ -323,6 +325,7 @@ def test_an_index_that_points_elsewhere(tmp_path, places, said):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_an_index_that_is_none(tmp_path, text):
     folder = base_folder(tmp_path)
+    (folder / WEIGHTS).rename(folder / ONE)
     (folder / f"{WEIGHTS}.index.json").write_text(text)
     with pytest.raises(ModelError, match="not an index of tensors"):
         load_base(config_for(folder).model)
@@ -365,3 +368,33 @@ def test_a_checkpoint_quantised_another_way(tmp_path):
     )
     with pytest.raises(ModelError, match="its weights are stored as gptq; expected ordinary weights"):
         load_base(config_for(folder).model)
+
+
+def put_in_cache(folder, cache, revision="main"):
+    """A folder as huggingface_hub keeps a repository that was downloaded."""
+    commit = ("1" if revision == "main" else "2") * 40
+    repository = cache / "models--someone--base"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+
+
+@pytest.mark.parametrize("largest", ["100KB", "1GB"])
+def test_a_base_of_the_hub_that_was_downloaded(tmp_path, monkeypatch, largest):
+    for seed, revision in enumerate(["main", "other"]):
+        model = LlamaForCausalLM(tiny_config("llama"))
+        model.lm_head.weight.data.fill_(seed)
+        model.save_pretrained(tmp_path / revision, max_shard_size=largest)
+        put_in_cache(tmp_path / revision, tmp_path / "cache", revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for seed, revision in enumerate(["main", "other"]):
+        mine = load_base(config_for("someone/base", f"model.revision={revision}").model)
+        assert_same_model(mine, loaded_whole("someone/base", "float32", revision=revision))
+        assert (numbers(mine.lm_head.weight, 1) == seed).all()
+
+
+def test_one_file_comes_before_an_index(tmp_path):
+    """As in transformers; an index may be left of an earlier save."""
+    folder = base_folder(tmp_path)
+    (folder / f"{WEIGHTS}.index.json").write_text("{}")
+    assert_same_model(load_base(config_for(folder).model), loaded_whole(folder, "float32"))
