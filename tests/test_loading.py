@@ -141,12 +141,14 @@ def read_by_the_kernel():
         return int(file.readline().split()[1])
 
 
-CASES = [  # folder, keys, and the size below which a parameter is not sharded
-    ("odd", ["model.dtype=float32"], 0),
-    ("odd", ["model.bits=8", "model.vocabulary_bits=8"], 0),
-    ("mixtral", ["model.dtype=bfloat16"], 500),
-    ("mixtral", ["model.bits=8"], 0),
-    ("gpt_oss", ["model.dtype=bfloat16"], 0),
+ALL, LARGE = ({"stage3_param_persistence_threshold": size} for size in (0, 500))  # what is in shards
+HOST = {"offload_param": {"device": "cpu", "pin_memory": True}}
+CASES = [  # folder, keys, settings of ZeRO
+    ("odd", ["model.dtype=float32"], ALL),
+    ("odd", ["model.bits=8", "model.vocabulary_bits=8"], ALL),
+    ("odd", ["model.dtype=bfloat16"], LARGE | HOST),
+    ("mixtral", ["model.bits=8"], LARGE),
+    ("gpt_oss", ["model.dtype=bfloat16"], ALL),
 ]
 
 
@@ -158,11 +160,11 @@ def loaded_in_shards(folder):
         return [in_shards_twice(folder / name, *case, world, total) for name, *case in CASES]
 
 
-def in_shards_twice(folder, keys, persistent, world, total):
+def in_shards_twice(folder, keys, zero, world, total):
     """The second time nothing but the checkpoint is read: no module, no fact of the machine."""
     config = config_for(folder, *keys)
     settings = deepspeed_settings(config, world.size)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
+    settings["zero_optimization"] |= zero
     in_shards(load_base(config.model), settings)
     base = load_base(config.model)
     before, total[0] = read_by_the_kernel(), 0
@@ -209,16 +211,18 @@ def test_8_bits_are_the_quantised_rows_of_what_is_loaded(tmp_path, family):
 
 
 def first_mistake(folder, spoil):
-    """What a rank is told, when rank 1 meets a mistake after it has started to read."""
+    """What a rank is told, when rank 1 meets a mistake once it reads; what part it had read of its shard."""
     filling._AGREE_EVERY_BYTES = 1000
+    total = counting()
     with joined_world() as world:
         config = config_for(folder / str(world.rank))
         base = load_base(config.model)
+        size = sum(p.numel() for p in base.parameters()) * 4 / world.size
         if world.rank == 1:
             spoil(folder / "1" / WEIGHTS)
         with pytest.raises(ModelError) as caught:
             in_shards(base, deepspeed_settings(config, world.size))
-        return str(caught.value)
+        return str(caught.value), total[0] / size
 
 
 def cut(file):
@@ -239,8 +243,9 @@ def break_disk(_):
 def test_what_one_rank_meets_while_reading_stops_all(tmp_path, spoil, said):
     for rank in (0, 1):
         base_folder(tmp_path / str(rank))
-    one, other = on_ranks(2, first_mistake, tmp_path, spoil)
+    (one, part), (other, _) = on_ranks(2, first_mistake, tmp_path, spoil)
     assert one == other
+    assert part < (0.5 if spoil == break_disk else 1)  # the other fails at its first parameter, or its last
     assert one.startswith(f"{tmp_path}/1/{WEIGHTS}: model.")
     assert said in one
 
