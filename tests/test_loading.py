@@ -4,31 +4,23 @@ What transformers makes of a checkpoint in one process is the standard: paramete
 types, ties, and whatever else can be seen of the model. Bytes are counted where the kernel is asked for them.
 """
 
-import errno
 import json
-import os
 import shutil
-import struct
-from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from prefix_ds.config import parse_config
 from prefix_ds.dist import joined_world
 from prefix_ds.engine import filling
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import whole_tensors
-from prefix_ds.errors import ModelError
 from prefix_ds.int8 import quantised
 from prefix_ds.loading import load_base
-from prefix_ds.loading.tensor_file import TensorFile
-from prefix_ds.promise import Promise, read
+from tests.loaded import assert_same_model, config_for, counting, loaded_whole, numbers
 from tests.ranks import on_ranks
 from tests.tiny_models import FAMILIES, tiny, tiny_config
 from tests.workshop import base_folder
@@ -43,72 +35,13 @@ NOT_MADE = {
 # Read in more than a rank's share, with a reason.
 READ_TWICE = {"inkling2_text": "two parameters are made of one tensor, by an operation on all of it"}
 
-WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
-ONE = "model-00001-of-00001.safetensors"
-
-
-def config_for(folder, *overrides):
-    text = f"model: {{name: {folder}, dtype: float32}}\nprefix: {{init: random, length: 3}}"
-    return parse_config(text, overrides)
-
-
-def loaded_whole(folder, dtype, **more):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **more)
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """Bytes asked of the kernel, in a list of one."""
     return counting(monkeypatch.setattr)
-
-
-def counting(replace=setattr):
-    total, real = [0], os.preadv
-
-    def preadv(*words):
-        count = real(*words)
-        total[0] += count
-        return count
-
-    replace(os, "preadv", preadv)
-    return total
-
-
-def numbers(parameter, pieces):
-    """The numbers of a promise, read in so many pieces."""
-    assert isinstance(parameter, Promise)
-    size = parameter.numel()
-    step = max(1, -(-size // pieces))
-    parts = [read(parameter, start, min(start + step, size)) for start in range(0, size, step)]
-    return torch.cat(parts).view(parameter.shape) if parts else torch.empty(parameter.shape)
-
-
-def assert_same_model(mine, theirs):
-    """All that tells two models apart, but for where the parameters are."""
-    found, expected = (dict(m.named_parameters(remove_duplicate=False)) for m in (mine, theirs))
-    assert list(found) == list(expected)
-    assert len(set(found.values())) == len(set(expected.values())), "ties"
-    for name, parameter in theirs.named_parameters():
-        values = numbers(found[name], 3)
-        assert values.dtype == found[name].dtype == parameter.dtype, name
-        assert torch.equal(values, parameter), name
-    buffers = dict(mine.named_buffers())
-    for name, buffer in theirs.named_buffers():
-        assert buffers.pop(name).equal(buffer), name
-    assert not buffers
-    assert mine.training == theirs.training
-    assert mine.config.to_dict() == theirs.config.to_dict()
-    assert mine.generation_config.to_dict() == theirs.generation_config.to_dict()
-    for (name, one), other in zip(mine.named_modules(), theirs.modules(), strict=True):
-        assert type(one) is type(other), name
-        assert plain(one) == plain(other), name
-
-
-def plain(module: nn.Module):
-    """A module's numbers, names and switches; and its tensors that are neither parameters nor buffers."""
-    values = vars(module).items()
-    kept = {name: value for name, value in values if isinstance(value, int | float | str | None)}
-    return repr(kept), [value.tolist() for _, value in values if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in NOT_LOADED | NOT_MADE.keys()])
@@ -210,132 +143,6 @@ def test_8_bits_are_the_quantised_rows_of_what_is_loaded(tmp_path, family):
     assert not whole
 
 
-def first_mistake(folder, spoil):
-    """What a rank is told, when rank 1 meets a mistake once it reads; what part it had read of its shard."""
-    filling._AGREE_EVERY_BYTES = 1000
-    total = counting()
-    with joined_world() as world:
-        config = config_for(folder / str(world.rank))
-        base = load_base(config.model)
-        size = sum(p.numel() for p in base.parameters()) * 4 / world.size
-        if world.rank == 1:
-            spoil(folder / "1" / WEIGHTS)
-        with pytest.raises(ModelError) as caught:
-            in_shards(base, deepspeed_settings(config, world.size))
-        return str(caught.value), total[0] / size
-
-
-def cut(file):
-    os.truncate(file, file.stat().st_size - 5000)
-
-
-def break_disk(_):
-    def preadv(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    os.preadv = preadv
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [(cut, "the file ends before it does; it was cut short"), (break_disk, "cannot be read: ")],
-)
-def test_what_one_rank_meets_while_reading_stops_all(tmp_path, spoil, said):
-    for rank in (0, 1):
-        base_folder(tmp_path / str(rank))
-    (one, part), (other, _) = on_ranks(2, first_mistake, tmp_path, spoil)
-    assert one == other
-    assert part < (0.5 if spoil == break_disk else 1)  # the other fails at its first parameter, or its last
-    assert one.startswith(f"{tmp_path}/1/{WEIGHTS}: model.")
-    assert said in one
-
-
-def all_numbers(folder):
-    for parameter in load_base(config_for(folder).model).parameters():
-        numbers(parameter, 1)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
-def test_a_weight_that_is_no_number_is_named(tmp_path, value, dtype):
-    base_folder(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    tensors[TENSOR][3, 5] = value
-    tensors[TENSOR] = tensors[TENSOR].to(dtype)
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ModelError, match=f"{WEIGHTS}: {TENSOR}: element 101 is no finite number"):
-        all_numbers(tmp_path)
-
-
-def write_file(path, header, length):
-    """A file with such a header and so many bytes behind it."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(length))
-    return path
-
-
-def entry(begin, end, shape, dtype="F32"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-@pytest.mark.parametrize(
-    ("header", "said"),
-    [
-        (b"{", "its header is no JSON"),
-        (b"\xff", "its header is no JSON"),
-        ([], "its header is no JSON object"),
-        ({"a": 1}, "a: unknown or damaged entry"),
-        ({"a": {}}, "a: unknown or damaged entry"),
-        ({"a": entry(0, 8, [2], "F33")}, "a: unknown or damaged entry"),
-        ({"a": entry(0, float("inf"), [2])}, "a: unknown or damaged entry"),
-        ({"a": entry(0, 8, [3])}, "a: 8 bytes for a shape of \\[3\\]"),
-        ({"a": entry(0, 8, [-1, -2])}, "a: 8 bytes for a shape of \\[-1, -2\\]"),
-        ({"a": entry(-8, 0, [2])}, "a: 8 bytes for a shape of \\[2\\]"),
-        ({"a": entry(16, 24, [2])}, "cut short: it ends before a does"),
-        ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, "a and b share bytes"),
-    ],
-)
-def test_a_header_that_does_not_fit_its_file(tmp_path, header, said):
-    with pytest.raises(ModelError, match=said):
-        TensorFile(write_file(tmp_path / WEIGHTS, header, 16))
-
-
-def test_a_file_of_sound_entries(tmp_path):
-    header = {"__metadata__": {}, "b": entry(0, 8, [2]), "none": entry(8, 8, [0, 4]), "one": entry(8, 12, [])}
-    tensors = TensorFile(write_file(tmp_path / WEIGHTS, header, 12)).tensors
-    assert [t.shape for t in tensors.values()] == [(2,), (0, 4), ()]
-    assert [t.read(0, prod(t.shape)).tolist() for t in tensors.values()] == [[0, 0], [], [0]]
-
-
-@pytest.mark.parametrize(
-    ("places", "said"),
-    [
-        ({TENSOR: "../model.safetensors"}, "expected the name of a .safetensors file beside the index"),
-        ({TENSOR: "/etc/passwd"}, "expected the name of a .safetensors file beside the index"),
-        ({TENSOR: "gone.safetensors"}, "gone.safetensors: there is no such file"),
-        ({"gone.weight": ONE}, f"gone.weight: not in {ONE}, where the index says it is"),
-        ({TENSOR: 3}, "'3': expected the name"),
-    ],
-)
-def test_an_index_that_points_elsewhere(tmp_path, places, said):
-    folder = base_folder(tmp_path / "base")
-    shutil.copy(folder / WEIGHTS, tmp_path)
-    (folder / WEIGHTS).rename(folder / ONE)
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(ModelError) as caught:
-        load_base(config_for(folder).model)
-    assert said in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
-def test_an_index_that_is_none(tmp_path, text):
-    folder = base_folder(tmp_path)
-    (folder / WEIGHTS).rename(folder / ONE)
-    (folder / f"{WEIGHTS}.index.json").write_text(text)
-    with pytest.raises(ModelError, match="not an index of tensors"):
-        load_base(config_for(folder).model)
-
-
 def stored_by_bitsandbytes(folder):
     """The folder's linear layers as bitsandbytes writes them; the numbers they stand for."""
     tensors, meant = load_file(folder / WEIGHTS), {}
@@ -363,16 +170,6 @@ def test_a_checkpoint_of_bitsandbytes(tmp_path, bits):
             assert torch.equal(numbers(found[name], 3), tensors[name])
             scales = numbers(found[name.replace("weight", "scale")], 3)
             assert scales == pytest.approx(expected.abs().amax(dim=1) / 127, rel=1e-6)
-
-
-def test_a_checkpoint_quantised_another_way(tmp_path):
-    folder = base_folder(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
-    )
-    with pytest.raises(ModelError, match="its weights are stored as gptq; expected ordinary weights"):
-        load_base(config_for(folder).model)
 
 
 def put_in_cache(folder, cache, revision="main"):
