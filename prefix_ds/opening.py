@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefix_ds.checkpoint import read_prefix
 from prefix_ds.config import ModelKeys, RunConfig
-from prefix_ds.dist import World, together
+from prefix_ds.dist import World, first_here_first, together
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded
@@ -44,7 +44,8 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     together(lambda: check_folder(keys))
     settings = deepspeed_settings(config, world.size)
     tokenizer = together(lambda: load_tokenizer(keys))
-    shards = sharded(in_shards(together(lambda: load_base(keys)), settings), settings)
+    base = first_here_first(world, lambda: load_base(keys))  # the others find what it downloaded
+    shards = sharded(in_shards(base, settings), settings)
     lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)
     if config.train.method != "prefix" or not with_prefix:
         return Opened(lm, None, (), tokenizer, shards)

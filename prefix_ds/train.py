@@ -21,7 +21,16 @@ from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.data.examples import Examples, load_examples
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
-from prefix_ds.dist import World, from_first, joined_world, on_first, peers_may_die, together, wait_for_all
+from prefix_ds.dist import (
+    World,
+    first_here_first,
+    from_first,
+    joined_world,
+    on_first,
+    peers_may_die,
+    together,
+    wait_for_all,
+)
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.full_engine import FullEngine
 from prefix_ds.engine.prefix_engine import PrefixEngine
@@ -143,7 +152,7 @@ def _make_tokenizer(config: RunConfig, folder: RunFolder) -> None:
 
 def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -> Trained:
     """The base in shards and the engine that trains it, or a prefix on it. Every rank calls this."""
-    base = _base(config, settings, tokenizer)
+    base = _base(config, settings, tokenizer, world)
     if config.train.method == "prefix":
         return _prefix_on(sharded(base, settings), config, tokenizer, world)
     shards = sharded_with_optimizer(base, settings, adamw(base.parameters(), config.train))
@@ -153,9 +162,9 @@ def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World
     return Trained(engine, lm, shards, shards.num_parameters(), 0)
 
 
-def _base(config: RunConfig, settings: Settings, tokenizer: Any) -> nn.Module:
+def _base(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -> nn.Module:
     if config.model.name:
-        return in_shards(together(lambda: load_base(config.model)), settings)
+        return in_shards(first_here_first(world, lambda: load_base(config.model)), settings)
     with sharded_construction(settings):
         return new_base(config.model, tokenizer)
 

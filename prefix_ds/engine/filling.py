@@ -2,8 +2,9 @@
 
 DeepSpeed's own way builds every parameter whole and keeps a part. Here a parameter is told its shape by a
 tensor of one repeated number, gets its shard (uneven sizes are padded, as DeepSpeed does), and the shard is
-read from the checkpoint in pieces. No collective call is made until all ranks have done so; then they agree
-that it went well. These are internals of DeepSpeed 0.19 (`zero.Init`); `tests/test_loading.py` holds them.
+read from the checkpoint in pieces. Each rank reads for itself; now and then they agree that all went well,
+so a file that one of them cannot read stops all of them soon. These are internals of DeepSpeed 0.19
+(`zero.Init`); `tests/test_loading.py` holds them.
 
 Knows nothing of files.
 """
@@ -11,6 +12,7 @@ Knows nothing of files.
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from prefix_ds.tracking import Progress, progress_bar
 log = logging.getLogger(__name__)
 
 _PIECE_NUMBERS = 2**24
+_AGREE_EVERY_BYTES = 2**28  # of a rank's shards
 _QUICK_BYTES = 2**28
 
 
@@ -36,10 +39,10 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
     began = time.perf_counter()
     init = start_deepspeed().zero.Init(config_dict_or_path=settings)
     holders = _holders(base)
-    total = sum(-(-p.numel() // init.dp_world_size) * p.element_size() for p in holders)
+    total = sum(_shard_bytes(p, init) for p in holders)
     takes_a_while = total > _QUICK_BYTES
     with progress_bar("loading, MiB", total >> 20, is_visible=takes_a_while and init.rank == 0) as bar:
-        together(lambda: _fill(holders, init, bar))
+        _fill(holders, init, bar)
     if takes_a_while:
         seconds = time.perf_counter() - began
         log.info("loaded %s MiB a rank in %.1f s", f"{total / 2**20:,.0f}", seconds)
@@ -60,15 +63,37 @@ def _holders(base: nn.Module) -> Holders:
 
 
 def _fill(holders: Holders, init: Any, bar: Progress) -> None:
-    """Exchanges and fills one parameter after the other."""
+    """Exchanges and fills all parameters. Every rank calls this."""
     done = 0
-    for promised, places in holders.items():
+    for group in _groups(holders, init):
+        done = together(partial(_fill_group, group, holders, init, bar, done))
+
+
+def _groups(holders: Holders, init: Any) -> Iterator[list[Tensor]]:
+    """The parameters in turn, so many at a time that a rank reads a stated number of bytes."""
+    group: list[Tensor] = []
+    for parameter in holders:
+        group.append(parameter)
+        if sum(_shard_bytes(p, init) for p in group) >= _AGREE_EVERY_BYTES:
+            yield group
+            group = []
+    yield group
+
+
+def _shard_bytes(parameter: Tensor, init: Any) -> int:
+    return -(-parameter.numel() // int(init.dp_world_size)) * parameter.element_size()
+
+
+def _fill_group(group: list[Tensor], holders: Holders, init: Any, bar: Progress, done: int) -> int:
+    """Exchanges and fills one parameter after the other; the bytes that are done now."""
+    for promised in group:
         parameter = _sharded(promised, init)
-        for module, name in places:
+        for module, name in holders[promised]:
             module._parameters[name] = parameter
         for count in _read_shard(promised, parameter, init):
             done += count
             bar.at(done >> 20)
+    return done
 
 
 def _sharded(promised: Tensor, init: Any) -> Any:

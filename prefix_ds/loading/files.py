@@ -18,12 +18,12 @@ _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def stored_tensors(keys: ModelKeys) -> dict[str, StoredTensor]:
     """All tensors of the base's checkpoint, by name. Raises ModelError; OSError from the hub."""
+    one = _found(keys, _ONE)
+    if one is not None:  # as transformers does: an index may be left of an earlier save
+        return dict(TensorFile(one).tensors)
     index = _found(keys, _INDEX)
     if index is not None:
         return _indexed(index, keys)
-    one = _found(keys, _ONE)
-    if one is not None:
-        return dict(TensorFile(one).tensors)
     raise ModelError(f"model.name: {keys.name}: has neither {_ONE} nor {_INDEX}")
 
 

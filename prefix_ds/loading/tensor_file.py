@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,12 +54,16 @@ class TensorFile:
         self.tensors: Mapping[str, StoredTensor] = {
             name: self._vetted(name, entry) for name, entry in entries.items() if name != "__metadata__"
         }
+        self._refuse_overlaps()
 
     def read_into(self, buffer: Tensor, place: int, name: str) -> None:
         """Fills a one-dimensional tensor from a place among the numbers' bytes. Raises ModelError."""
         view = memoryview(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
         while view.nbytes:
-            count = os.preadv(self._file.fileno(), [view], self.first + place)
+            try:
+                count = os.preadv(self._file.fileno(), [view], self.first + place)
+            except OSError as error:
+                raise ModelError(f"{self.path}: {name}: cannot be read: {error.strerror}") from None
             if not count:
                 raise ModelError(f"{self.path}: {name}: the file ends before it does; it was cut short")
             view, place = view[count:], place + count
@@ -73,6 +78,8 @@ class TensorFile:
             entries = json.loads(os.pread(self._file.fileno(), size, 8))
         except ValueError as error:
             raise ModelError(f"{self.path}: damaged: its header is no JSON: {error}") from None
+        if not isinstance(entries, dict):
+            raise ModelError(f"{self.path}: damaged: its header is no JSON object")
         self._length = length - 8 - size
         return 8 + size, entries
 
@@ -80,13 +87,19 @@ class TensorFile:
         try:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
             begin, end = map(int, entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"{self.path}: {name}: unknown or damaged entry: {error}") from None
-        if end - begin != prod(shape) * dtype.itemsize or begin < 0:
+        if end - begin != prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
             raise ModelError(f"{self.path}: {name}: {end - begin} bytes for a shape of {list(shape)}")
         if end > self._length:
             raise ModelError(f"{self.path}: damaged or cut short: it ends before {name} does")
         return StoredTensor(self, name, begin, shape, dtype)
+
+    def _refuse_overlaps(self) -> None:
+        placed = sorted((t for t in self.tensors.values() if prod(t.shape)), key=lambda t: t.begin)
+        for one, other in pairwise(placed):
+            if one.begin + prod(one.shape) * one.dtype.itemsize > other.begin:
+                raise ModelError(f"{self.path}: damaged: {one.name} and {other.name} share bytes")
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,10 @@ class StoredTensor:
 
     def _refuse_nonsense(self, numbers: Tensor, start: int) -> None:
         """The smallest and the largest tell, fast: both are NaN where any is."""
-        if not self.dtype.is_floating_point or self.dtype.itemsize == 1:
+        if not self.dtype.is_floating_point:
             return
+        if self.dtype.itemsize == 1:
+            numbers = numbers.bfloat16()  # has all of their values, and torch's functions
         if not torch.stack(torch.aminmax(numbers)).isfinite().all():
             place = start + int((~numbers.isfinite()).nonzero()[0])
             raise ModelError(f"{self.file.path}: {self.name}: element {place} is no finite number")
