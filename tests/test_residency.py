@@ -33,7 +33,10 @@ from tests.tiny_models import tiny, tiny_config
 FAMILIES = ["llama", "gpt2", "qwen3_moe", "deepseek_v3"]
 WIDE = {"hidden_size": 1024, "n_embd": 1024, "intermediate_size": 2048, "moe_intermediate_size": 2048}
 LIVE = 3_000_000  # elements that ZeRO-3 may have gathered before it fetches no more ahead
-NOISE_MIB = 10  # of an allocator and of Python's own growth: measured up to 6
+# Of an allocator and of Python's own growth, measured up to 6; and what oneDNN keeps for kernels of new shapes, of
+# which the tiles of 8-bit experts make many: measured up to 20, the same after the first step and after the fifth,
+# while the tensors alive are the shards to 0.1 MiB.
+NOISE_MIB = {16: 10, 8: 24}
 MIB = 2**20
 
 
@@ -89,7 +92,12 @@ def terms_of(case, folder, keeps_aliases=False):
         peak = highest_of_steps(lm, nullcontext if keeps_aliases else saving_parameters) - own
         give_back_what_is_free()
         assert not [n for n, p in base.module.named_parameters() if p.numel() and not p.ds_persist]
-        terms = {"own": own, "shard": base.resident_bytes() / MIB, "gathered": gathered_mib(base.module)}
+        terms = {
+            "noise": NOISE_MIB[bits],
+            "own": own,
+            "shard": base.resident_bytes() / MIB,
+            "gathered": gathered_mib(base.module),
+        }
         return terms | {"loaded": loaded, "peak": peak, "after": resident() - own}
 
 
@@ -139,7 +147,7 @@ def gathered_mib(module):
 
 
 def allowed(terms):
-    return 1.03 * terms["shard"] + NOISE_MIB
+    return 1.03 * terms["shard"] + terms["noise"]
 
 
 CASES = [
