@@ -33,9 +33,9 @@ from tests.tiny_models import tiny, tiny_config
 FAMILIES = ["llama", "gpt2", "qwen3_moe", "deepseek_v3"]
 WIDE = {"hidden_size": 1024, "n_embd": 1024, "intermediate_size": 2048, "moe_intermediate_size": 2048}
 LIVE = 3_000_000  # elements that ZeRO-3 may have gathered before it fetches no more ahead
-# Of an allocator and of Python's own growth, measured up to 6; and what oneDNN keeps for kernels of new shapes,
-# of which the tiles of 8-bit experts make many: measured up to 20, the same after the first step and after the
-# fifth, while the tensors alive are the shards to 0.1 MiB.
+# Of an allocator and of Python's own growth, measured up to 6. And what oneDNN keeps for kernels of new
+# shapes, of which the tiles of 8-bit experts make many: up to 20, no more after the fifth step than after
+# the first, while the tensors alive are the shards to 0.1 MiB.
 NOISE_MIB = {16: 10, 8: 24}
 MIB = 2**20
 

@@ -11,16 +11,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prefix_ds.errors import ModelError
 from prefix_ds.int8 import experts
 from prefix_ds.int8.modules import Int8Embedding, Int8Linear
 from prefix_ds.int8.quantise import QuantisedRows
 from prefix_ds.promise import Promise
+
+_LINEAR, _CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
+_EMBEDDING = "torch.nn.modules.sparse.Embedding"
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 
 def stored_in_8_bits(base: Any, vocabulary: bool) -> None:
     """Exchanges modules of a transformers base whose parameters are promises, in place."""
+    if vocabulary and not _is(base.get_input_embeddings(), _EMBEDDING):
+        raise ModelError(
+            f"model.vocabulary_bits: 8: the embedding of {base.config.model_type} "
+            f"({type(base.get_input_embeddings()).__name__}) does more than look up rows; use 16"
+        )
     pairs: dict[Tensor, Pair] = {}
     ends = {base.get_input_embeddings(), base.get_output_embeddings()}
     for name, module in list(base.named_modules()):
@@ -33,13 +42,16 @@ def stored_in_8_bits(base: Any, vocabulary: bool) -> None:
 
 
 def _exchanged(module: Any, pairs: dict[Tensor, Pair], is_end: bool) -> nn.Module | None:
-    kind = f"{type(module).__module__}.{type(module).__name__}"
-    if kind in ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"):
+    if _is(module, _LINEAR) or _is(module, _CONV1D):
         values, scales = _pair(module.weight, pairs)
-        return Int8Linear(values, scales, module.bias, by_rows=kind.endswith("Linear"))
-    if is_end and kind == "torch.nn.modules.sparse.Embedding":
+        return Int8Linear(values, scales, module.bias, by_rows=_is(module, _LINEAR))
+    if is_end and _is(module, _EMBEDDING):
         return Int8Embedding(*_pair(module.weight, pairs), like=module.weight)
     return None
+
+
+def _is(module: object, kind: str) -> bool:
+    return f"{type(module).__module__}.{type(module).__name__}" == kind
 
 
 def _store_stack(module: nn.Module, name: str, pairs: dict[Tensor, Pair]) -> None:

@@ -1,0 +1,229 @@
+"""Weights in 8 bits: what is stored, what is computed with it, and how far that is from 16 bits."""
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+from prefix_ds.config import ModelKeys, parse_config
+from prefix_ds.dist import joined_world
+from prefix_ds.engine.filling import in_shards
+from prefix_ds.engine.saving import saving_parameters
+from prefix_ds.engine.settings import deepspeed_settings
+from prefix_ds.engine.sharding import sharded
+from prefix_ds.errors import ConfigError, ModelError
+from prefix_ds.int8 import quantised
+from prefix_ds.int8.modules import Int8Linear
+from prefix_ds.int8.product import times_columns, times_rows
+from prefix_ds.loading import load_base
+from prefix_ds.model import PrefixLM
+from prefix_ds.prefix import random_table
+from prefix_ds.promise import kept
+from tests.laws import batch_of, tokens
+from tests.ranks import on_ranks
+from tests.tiny_models import tiny
+
+DENSE = ["llama", "gpt2", "gemma2"]
+FAMILIES = [*DENSE, "qwen3_moe", "deepseek_v3"]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_quantised_as_bitsandbytes_does_it(dtype):
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    rows = random(37, 64).to(dtype)
+    rows[3] = 0
+    values, scale = quantised(rows)
+    theirs, largest, _ = int8_vectorwise_quant(rows)
+    assert (values.int() - theirs.int()).abs().max() <= 1  # rounded in their type, or in float32
+    assert (values != theirs).float().mean() < 0.01
+    assert torch.allclose(scale, largest.flatten() / 127)
+    assert torch.equal(values[3], torch.zeros(64, dtype=torch.int8))
+    assert float(scale[3]) == 0
+
+
+def test_a_row_is_off_by_half_a_step_at_most():
+    rows = random(5, 7, 33)
+    values, scale = quantised(rows)
+    assert ((values * scale[..., None] - rows).abs() <= scale[..., None] / 2 * (1 + 1e-5)).all()
+
+
+def test_a_row_that_is_no_number_has_no_scale():
+    rows = random(3, 8)
+    rows[1, 2], rows[2, 0] = float("nan"), float("inf")
+    assert quantised(rows)[1].isfinite().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (3000, 1024)])  # one tile, and several
+@pytest.mark.parametrize("times", [times_rows, times_columns])
+def test_a_product_and_its_gradient_are_those_of_the_dequantised_weight(times, shape):
+    values, scale = quantised(random(*shape))
+    weight = values.double() * scale.double()[:, None]
+    weight = weight.t() if times is times_rows else weight
+    x = random(2, 5, len(weight), seed=1).requires_grad_()
+    y = times(x, values, scale)
+    assert torch.allclose(y.double(), x.double() @ weight, rtol=1e-4, atol=1e-3)
+    (grad,) = torch.autograd.grad(y, x, y.detach())
+    assert torch.allclose(grad.double(), y.double() @ weight.t(), rtol=1e-4, atol=1e-1)
+
+
+def test_a_stack_is_a_matrix_at_a_time():
+    values, scale = quantised(random(4, 12, 8))
+    x = random(3, 8)
+    assert torch.equal(times_rows(x, values, scale, 2), times_rows(x, values[2], scale[2]))
+
+
+def test_no_layer_is_ever_cast_whole():
+    """The largest tensor made while a weight of 8 Mi numbers is used has a quarter of that."""
+    values, scale = quantised(random(8192, 1024))
+    x = random(4, 1024).bfloat16().requires_grad_()
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype != torch.int8:
+                seen.append(result.numel())
+            return result
+
+    with Watch():
+        times_rows(x, values, scale).sum().backward()
+    assert max(seen) <= values.numel() / 4
+
+
+def test_only_the_parameters_themselves_are_saved():
+    values = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    scale = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        times_rows(torch.ones(2, 4, requires_grad=True), values, scale)
+    assert len(saved) == 2
+    assert saved[0] is values
+    assert saved[1] is scale
+
+
+def test_as_near_as_bitsandbytes_own_linear():
+    """Both approximate the weight they were made of; bitsandbytes also quantises its input."""
+    import bitsandbytes
+
+    weight, x = random(96, 64).bfloat16(), random(32, 64, seed=1).bfloat16()
+    theirs = bitsandbytes.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+    theirs.weight = bitsandbytes.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    theirs = theirs.to("cpu")
+    values, scale = quantised(weight)
+    ours = Int8Linear(
+        *(torch.nn.Parameter(t, requires_grad=False) for t in (values, scale)), None, by_rows=True
+    )
+    exact = functional.linear(x, weight)
+    error, their_error = ((y - exact).float().norm() / exact.float().norm() for y in (ours(x), theirs(x)))
+    assert error < 0.01
+    assert error <= their_error * 1.05
+    assert (ours(x) - theirs(x)).float().norm() / exact.float().norm() < 0.02
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        tiny(family).float().save_pretrained(folder / family)
+    return folder
+
+
+def keys(folder, bits, vocabulary=16, dtype="float32"):
+    return ModelKeys(name=str(folder), bits=bits, vocabulary_bits=vocabulary, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "vocabulary"), [(f, v) for f in FAMILIES for v in (16, 8) if (f, v) != ("gemma2", 8)]
+)
+def test_all_large_weights_are_stored_in_8_bits(folders, family, vocabulary):
+    base, plain = load_base(keys(folders / family, 8, vocabulary)), load_base(keys(folders / family, 16))
+    wide = {name for name, p in base.named_parameters() if p.dim() > 1 and p.is_floating_point()}
+    ends = {"wte", "wpe", "embed_tokens", "lm_head", "gate"}  # and the routers of experts
+    left = {name for name in wide if name.split(".")[-2] not in ends and not name.endswith("_scale")}
+    assert not left
+    tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
+    assert (head.weight.dtype == torch.int8) == (vocabulary == 8)
+    for name, parameter in base.named_parameters():
+        if parameter.dtype == torch.int8:
+            rows = kept(plain.get_parameter(name))
+            assert torch.equal(kept(parameter), quantised(rows)[0]), name
+
+
+def test_an_embedding_that_does_more_than_look_up_rows_is_not_exchanged_silently(folders):
+    with pytest.raises(ModelError, match=r"model.vocabulary_bits: 8: the embedding of gemma2 \(Gemma2Text"):
+        load_base(keys(folders / "gemma2", 8, 8))
+
+
+def answers(folder, families, bits, recompute=False):
+    """Logits and the gradient to the prefix, and what greedy decoding writes."""
+    transformers.logging.disable_progress_bar()
+    found = {}
+    with joined_world() as world:
+        for family in families:
+            config = parse_config(
+                f"model: {{name: {folder / family}, dtype: float32, bits: {bits}}}\n"
+                "prefix: {init: random, length: 4}"
+            )
+            settings = deepspeed_settings(config, world.size)
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            base = sharded(in_shards(load_base(config.model), settings), settings)
+            lm = PrefixLM(base.module, recompute=recompute, device=world.device)
+            table_PD = random_table(lm.slots, 4, 0.5, seed=0).requires_grad_()
+            batch = batch_of([tokens(12, 1)], [tokens(12, 2)])
+            with saving_parameters():
+                logits_MV = lm.logits(batch, table_PD, lm.slots)
+                loss = lm.loss(batch, table_PD, lm.slots)
+            loss.backward()
+            told = {"max_new_tokens": 6, "eos_ids": [], "pad_id": 0, "synced": world.size > 1}
+            texts = lm.generate([[5, 6, 7], [8, 9]], table_PD.detach(), lm.slots, **told)
+            lm.detach()
+            found[family] = logits_MV.detach().numpy(), table_PD.grad.numpy(), texts
+    return found
+
+
+def test_logits_and_the_gradient_to_the_prefix_are_near_those_of_16_bits(folders):
+    """On random weights, drawn wide: the hardest case, since nothing in them is redundant. (Of random
+    experts, one that is nearly chosen may be chosen in 8 bits, and the logits of that token are others'.)"""
+    (exact,), (near,) = (on_ranks(1, answers, folders, DENSE, bits) for bits in (16, 8))
+    for family in DENSE:
+        logits, grad = (torch.from_numpy(t) for t in near[family][:2])
+        expected, expected_grad = (torch.from_numpy(t) for t in exact[family][:2])
+        divergence = functional.kl_div(
+            logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+        assert divergence < 5e-3
+        assert torch.cosine_similarity(grad.flatten(), expected_grad.flatten(), dim=0) > 0.99
+        assert (grad - expected_grad).norm() / expected_grad.norm() < 0.15
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_in_shards_as_whole(folders, recompute):
+    (whole,) = on_ranks(1, answers, folders, FAMILIES, 8)
+    for found in on_ranks(2, answers, folders, FAMILIES, 8, recompute):
+        for family in FAMILIES:
+            for mine, expected in zip(found[family][:2], whole[family][:2], strict=True):
+                assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5), family
+            assert found[family][2] == whole[family][2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("model: {name: x, bits: 8}\ntrain: {method: full}", "model.bits: 8 is for a frozen base"),
+        (
+            "model: {name: x, vocabulary_bits: 8}\nprefix: {text: x}",
+            "model.vocabulary_bits: 8 needs model.bits: 8",
+        ),
+        ("model: {name: x, bits: 4}\nprefix: {text: x}", "model.bits"),
+    ],
+)
+def test_keys_that_do_not_go_together(words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_config(words)
