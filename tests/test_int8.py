@@ -24,7 +24,10 @@ from tests.ranks import on_ranks
 from tests.tiny_models import tiny
 
 DENSE = ["llama", "gpt2", "gemma2"]
-FAMILIES = [*DENSE, "qwen3_moe", "deepseek_v3"]
+EXPERTS = ["qwen3_moe", "deepseek_v3"]
+INTO_RESULTS = ["gemma3n_text", "llama4_text"]  # their code writes into what a layer gives
+REACHED_INTO = ["jamba", "glm_moe_dsa", "longcat_flash"]  # into layers, by others
+FAMILIES = [*DENSE, *EXPERTS]
 
 
 def random(*shape, seed=0):
@@ -128,7 +131,7 @@ def test_as_near_as_bitsandbytes_own_linear():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
+    for family in [*FAMILIES, *INTO_RESULTS, *REACHED_INTO]:
         tiny(family).float().save_pretrained(folder / family)
     return folder
 
@@ -159,6 +162,49 @@ def test_all_large_weights_are_stored_in_8_bits(folders, family, vocabulary):
 def test_an_embedding_that_does_more_than_look_up_rows_is_not_exchanged_silently(folders):
     with pytest.raises(ModelError, match=r"model.vocabulary_bits: 8: the embedding of gemma2 \(Gemma2Text"):
         load_base(keys(folders / "gemma2", 8, 8))
+
+
+class Neighbour(torch.nn.Module):
+    """A layer that computes with another's weight itself."""
+
+    def __init__(self, base, reach):
+        super().__init__()
+        self.inside, self.reach = base.model.layers[1].mlp.down_proj, reach
+
+    def forward(self, x):
+        return self.reach(x, self.inside.weight)
+
+
+@pytest.mark.parametrize(
+    ("reach", "said"),
+    [
+        (lambda x, weight: x @ weight.float().t(), r"computes with .*mlp.inside.*: \[mlp.inside\]"),
+        (lambda x, weight: x @ weight.t(), r"computes with .*mlp.inside.*: \[mlp.inside\]"),
+        (lambda x, weight: x * weight[0, 0], r"computes with .*mlp.inside.*: \[mlp.inside\]"),
+        (lambda x, weight: x.to(weight.dtype), "casts what goes into a layer"),
+    ],
+)
+def test_weights_used_without_their_scales_are_found(folders, reach, said):
+    base = load_base(keys(folders / "llama", 8))
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(kept(parameter), requires_grad=False))
+    base.model.layers[1].mlp = Neighbour(base, reach)
+    with pytest.raises(ModelError, match=said):
+        PrefixLM(base)
+
+
+def test_layers_that_are_left_in_16_bits(folders):
+    base = load_base(
+        keys(folders / "llama", 8).model_copy(update={"in_16_bits": ["q_proj", "layers.1.mlp.up_proj"]})
+    )
+    left = {name for name, p in base.named_parameters() if p.dim() == 2 and p.dtype != torch.int8}
+    ours = {name for name in left if "layers" in name}
+    assert ours == {f"model.layers.{n}.self_attn.q_proj.weight" for n in range(4)} | {
+        "model.layers.1.mlp.up_proj.weight"
+    }
+    with pytest.raises(ModelError, match=r"model.in_16_bits: proj: no layer of the base"):
+        load_base(keys(folders / "llama", 8).model_copy(update={"in_16_bits": ["proj"]}))
 
 
 def answers(folder, families, bits, recompute=False):
@@ -203,6 +249,18 @@ def test_logits_and_the_gradient_to_the_prefix_are_near_those_of_16_bits(folders
         assert (grad - expected_grad).norm() / expected_grad.norm() < 0.15
 
 
+def test_families_whose_code_does_uncommon_things(folders):
+    """They take a prefix in 8 bits, and their logits are near those of 16 bits, in the median token."""
+    families = [*INTO_RESULTS, *REACHED_INTO]
+    (exact,), (near,) = (on_ranks(1, answers, folders, families, bits) for bits in (16, 8))
+    for family in families:
+        logits, expected = torch.from_numpy(near[family][0]), torch.from_numpy(exact[family][0])
+        divergence_M = functional.kl_div(
+            logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+        assert divergence_M.median() < 0.05, family
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_in_shards_as_whole(folders, recompute):
     (whole,) = on_ranks(1, answers, folders, FAMILIES, 8)
@@ -220,6 +278,10 @@ def test_in_shards_as_whole(folders, recompute):
         (
             "model: {name: x, vocabulary_bits: 8}\nprefix: {text: x}",
             "model.vocabulary_bits: 8 needs model.bits: 8",
+        ),
+        (
+            "model: {name: x, in_16_bits: [lm_head]}\nprefix: {text: x}",
+            "model.in_16_bits: all layers are in 16 bits",
         ),
         ("model: {name: x, bits: 4}\nprefix: {text: x}", "model.bits"),
     ],

@@ -55,6 +55,7 @@ class ModelKeys(Section):
     vocabulary_bits: Literal[16, 8] = key(
         16, "the same for embeddings and output layer; 8 needs model.bits: 8"
     )
+    in_16_bits: list[str] = key([], "with bits 8: layers left in 16 bits, by the ends of their names")
     recompute: bool = key(
         False, "compute activations again in the backward pass: less memory, more time", free=True
     )
@@ -196,6 +197,8 @@ class RunConfig(Section):
             )
         if self.model.vocabulary_bits == 8 and self.model.bits != 8:
             raise ValueError("model.vocabulary_bits: 8 needs model.bits: 8")
+        if self.model.in_16_bits and self.model.bits != 8:
+            raise ValueError("model.in_16_bits: all layers are in 16 bits; it goes with model.bits: 8")
         return self
 
     @model_validator(mode="after")

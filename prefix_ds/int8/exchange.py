@@ -1,12 +1,14 @@
 """A base's weights are exchanged for 8-bit ones while they are still promises.
 
 Every `nn.Linear` and GPT-2's `Conv1D` but the output layer, and stacked experts; embeddings and output layer
-if they are asked for. Classes derived from these are left alone: what they add is not known. Tensors that are
-one and the same before are so afterwards.
+if they are asked for. Classes derived from these are left alone: what they add is not known. So are layers
+that others reach into, by name: the known ones here, and the user's. Tensors that are one and the same before
+are so afterwards.
 
 Knows nothing of files or shards.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +21,18 @@ from prefix_ds.promise import Promise
 
 _LINEAR, _CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
 _EMBEDDING = "torch.nn.modules.sparse.Embedding"
+_REACHED_INTO = ("dt_proj", "weights_proj", "router.classifier")  # of Mamba, DeepSeek 3.2, LongCat
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 
-def stored_in_8_bits(base: Any, vocabulary: bool) -> None:
-    """Exchanges modules of a transformers base whose parameters are promises, in place."""
-    if vocabulary and not _is(base.get_input_embeddings(), _EMBEDDING):
+def stored_in_8_bits(base: Any, vocabulary: bool, left: Sequence[str] = ()) -> None:
+    """Exchanges modules of a transformers base whose parameters are promises, in place.
+
+    Those of which a name in `left` is the end of theirs stay as they are. Raises ModelError.
+    """
+    _refuse_unknown(base, left)
+    if vocabulary and _kind(base.get_input_embeddings()) != _EMBEDDING:
         raise ModelError(
             f"model.vocabulary_bits: 8: the embedding of {base.config.model_type} "
             f"({type(base.get_input_embeddings()).__name__}) does more than look up rows; use 16"
@@ -33,7 +40,7 @@ def stored_in_8_bits(base: Any, vocabulary: bool) -> None:
     pairs: dict[Tensor, Pair] = {}
     ends = {base.get_input_embeddings(), base.get_output_embeddings()}
     for name, module in list(base.named_modules()):
-        if module in ends and not vocabulary:
+        if (module in ends and not vocabulary) or _ends_with(name, (*_REACHED_INTO, *left)):
             continue
         if new := _exchanged(module, pairs, module in ends):
             base.set_submodule(name, new)
@@ -42,16 +49,28 @@ def stored_in_8_bits(base: Any, vocabulary: bool) -> None:
 
 
 def _exchanged(module: Any, pairs: dict[Tensor, Pair], is_end: bool) -> nn.Module | None:
-    if _is(module, _LINEAR) or _is(module, _CONV1D):
+    kind = _kind(module)
+    if kind in (_LINEAR, _CONV1D):
         values, scales = _pair(module.weight, pairs)
-        return Int8Linear(values, scales, module.bias, by_rows=_is(module, _LINEAR))
-    if is_end and _is(module, _EMBEDDING):
+        return Int8Linear(values, scales, module.bias, by_rows=kind == _LINEAR)
+    if is_end and kind == _EMBEDDING:
         return Int8Embedding(*_pair(module.weight, pairs), like=module.weight)
     return None
 
 
-def _is(module: object, kind: str) -> bool:
-    return f"{type(module).__module__}.{type(module).__name__}" == kind
+def _kind(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _ends_with(name: str, ends: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def _refuse_unknown(base: nn.Module, left: Sequence[str]) -> None:
+    names = [name for name, _ in base.named_modules()]
+    for end in left:
+        if not any(_ends_with(name, [end]) for name in names):
+            raise ModelError(f"model.in_16_bits: {end}: no layer of the base has a name that ends so")
 
 
 def _store_stack(module: nn.Module, name: str, pairs: dict[Tensor, Pair]) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_ds.int8.misuse import scales_known
+
 _TILE_NUMBERS = {"cpu": 2**21, "cuda": 2**26}  # of the weight, cast at once
 
 
@@ -51,25 +53,24 @@ class _Product(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool) -> Tensor:
-    matrix_RK, scale_R = (weight, scale) if index is None else (weight[index], scale[index])
-    flat = x.reshape(-1, x.shape[-1])
-    result = _by_rows(flat, matrix_RK, scale_R) if by_rows else _by_columns(flat, matrix_RK, scale_R)
-    return result.view(*x.shape[:-1], -1)
+    with scales_known():
+        matrix_RK, scale_R = (weight, scale) if index is None else (weight[index], scale[index])
+        result = x.new_empty(*x.shape[:-1], len(matrix_RK) if by_rows else matrix_RK.shape[1])
+        x, flat = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
+        (_by_rows if by_rows else _by_columns)(x, matrix_RK, scale_R, flat)
+    return result  # itself, not a view: layers write into what they get
 
 
-def _by_rows(x_MK: Tensor, matrix_RK: Tensor, scale_R: Tensor) -> Tensor:
-    result_MR = x_MK.new_empty(len(x_MK), len(matrix_RK))
+def _by_rows(x_MK: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MR: Tensor) -> None:
     for tile in _tiles(len(matrix_RK), matrix_RK.shape[1], x_MK.device):
         result_MR[:, tile] = x_MK @ matrix_RK[tile].to(x_MK.dtype).t()
-    return result_MR.mul_(scale_R)
+    result_MR.mul_(scale_R)
 
 
-def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor) -> Tensor:
+def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MK: Tensor) -> None:
     scaled_MR = (x_MR * scale_R).to(x_MR.dtype)
-    result_MK = x_MR.new_empty(len(x_MR), matrix_RK.shape[1])
     for tile in _tiles(matrix_RK.shape[1], len(matrix_RK), x_MR.device):
         result_MK[:, tile] = scaled_MR @ matrix_RK[:, tile].to(x_MR.dtype)
-    return result_MK
 
 
 def _tiles(length: int, width: int, device: torch.device) -> list[slice]:

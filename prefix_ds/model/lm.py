@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prefix_ds.data.batch import Batch
 from prefix_ds.errors import ConfigError
+from prefix_ds.int8 import Watched
 from prefix_ds.model import decoding
 from prefix_ds.model.attention import Joint, documents_of
 from prefix_ds.model.base import (
@@ -189,7 +190,8 @@ class PrefixLM:
     def _tried(self) -> Findings:
         trial = Trial(self.device)
         self._joint.source = trial
-        logits_MV = self._logits(trial.ids_BT, trial.positions_BT, trial.text_index_M)
+        with Watched(self.base):
+            logits_MV = self._logits(trial.ids_BT, trial.positions_BT, trial.text_index_M)
         self.detach()
         if not trial.slots:
             raise no_attention_to_join(self.base)
