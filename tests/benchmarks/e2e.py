@@ -24,20 +24,24 @@ from rich.table import Table
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 BASE = """
 model:
-  dtype: bfloat16 config: {model_type: llama, vocab_size: 4096, hidden_size: 256, intermediate_size: 688,
-  num_hidden_layers: 6,
+  dtype: bfloat16
+  config:
+    {model_type: llama, vocab_size: 4096, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 6,
     num_attention_heads: 4, num_key_value_heads: 4, max_position_embeddings: 1024, tie_word_embeddings: true}
-data: {train: %(folder)s/pretrain.jsonl, target: "{text}", max_length: 256, too_long: split} train: {method:
-pretrain, epochs: 3, global_batch_size: 64, micro_batch_tokens: 4096, lr: 2.0e-3, warmup_steps: 40,
-  weight_decay: 0.1, betas: [0.9, 0.98]}
+data: {train: %(folder)s/pretrain.jsonl, target: "{text}", max_length: 256, too_long: split}
+train: {method: pretrain, epochs: 3, global_batch_size: 64, micro_batch_tokens: 4096, lr: 2.0e-3,
+  warmup_steps: 40, weight_decay: 0.1, betas: [0.9, 0.98]}
 run: {folder: %(folder)s/base, save_every: 100, valid_every: 0}
 mlflow: {uri: null}
 """
-TUNING = """ model: {name: %(folder)s/base/model, dtype: bfloat16} prefix: {length: 64, text: "name[The Mill],
-eatType[pub], food[Italian], area[riverside], near[Raja Indian Cuisine]\\nThe Mill is an Italian pub by the
-riverside, near Raja Indian Cuisine.\\n"} data: {train: %(data)s/e2e/train.jsonl, valid:
-%(data)s/e2e/valid.jsonl, prompt: "{mr}\\n", target: "{ref}", references: "{refs}",
-  max_length: 256}
+TUNING = """
+model: {name: %(folder)s/base/model, dtype: bfloat16}
+prefix:
+  length: 64
+  text: "name[The Mill], eatType[pub], food[Italian], area[riverside], near[Raja Indian Cuisine]\\nThe Mill
+    is an Italian pub by the riverside, near Raja Indian Cuisine.\\n"
+data: {train: %(data)s/e2e/train.jsonl, valid: %(data)s/e2e/valid.jsonl, prompt: "{mr}\\n", target: "{ref}",
+  references: "{refs}", max_length: 256}
 train: {max_steps: 300, global_batch_size: 32, micro_batch_tokens: 4096, warmup_steps: 20}
 run: {folder: none, valid_every: 100, save_every: 100}
 mlflow: {uri: null}
