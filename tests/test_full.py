@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_ds.config import parse_config
@@ -92,6 +93,8 @@ mlflow: {{uri: null}}
     words = AutoTokenizer.from_pretrained(f"{pretrain.run.folder}/model")
     model = result_of(pretrain)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    stored = safe_open(f"{pretrain.run.folder}/model/model.safetensors", "pt").keys()
+    assert "lm_head.weight" not in stored, "a tied weight is written once"
     ids = torch.tensor([words("the cat sleeps").input_ids])
     answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0]
     written = words.decode(answer, skip_special_tokens=True)

@@ -200,3 +200,19 @@ def test_one_file_comes_before_an_index(tmp_path):
     folder = base_folder(tmp_path)
     (folder / f"{WEIGHTS}.index.json").write_text("{}")
     assert_same_model(load_base(config_for(folder).model), loaded_whole(folder, "float32"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_weight_that_the_files_hold_twice(tmp_path, same):
+    """One parameter if both are equal, to the last number; as transformers has it, two if not."""
+    config = tiny_config("llama")
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 0 if same else 1
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    mine = load_base(config_for(tmp_path).model)
+    assert (mine.lm_head.weight is mine.model.embed_tokens.weight) == same
+    assert_same_model(mine, loaded_whole(tmp_path, "float32"))

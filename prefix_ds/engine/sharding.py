@@ -89,15 +89,17 @@ def sharded_with_optimizer(base: nn.Module, settings: Settings, optimizer: torch
 def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """All parameters and saved buffers on the CPU, gathered one at a time; empty where `keep` is False.
 
-    Every rank calls this; rank 0 usually is the one that keeps.
+    Names of one parameter have one tensor. Every rank calls this; rank 0 usually is the one that keeps.
     """
     deepspeed = start_deepspeed()
     whole: dict[str, Tensor] = {}
+    copies: dict[nn.Parameter, Tensor] = {}
     buffers = {name: b for name, b in module.state_dict().items() if not isinstance(b, nn.Parameter)}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if keep:
-                whole[name] = parameter.detach().to("cpu", copy=True)
-    if keep:
-        whole |= {name: b.detach().cpu() for name, b in buffers.items() if name not in whole}
-    return whole
+        if parameter not in copies:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                copies[parameter] = parameter.detach().to("cpu", copy=True) if keep else parameter
+        whole[name] = copies[parameter]
+    if not keep:
+        return {}
+    return whole | {name: b.detach().cpu() for name, b in buffers.items() if name not in whole}

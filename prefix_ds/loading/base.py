@@ -10,6 +10,7 @@ layer trains without complaint. Knows nothing of training or prefixes.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ from prefix_ds.int8 import stored_in_8_bits
 from prefix_ds.loading.complaints import config_errors, library_errors, one_line, place
 from prefix_ds.loading.files import stored_tensors
 from prefix_ds.loading.prequantised import dequantised
-from prefix_ds.promise import Promise, kept
+from prefix_ds.promise import Promise, kept, same_numbers
+
+log = logging.getLogger(__name__)
 
 # What transformers reports of a loading, in words.
 _GAPS = {"missing_keys": "missing tensors", "mismatched_keys": "other shapes", "conversion_errors": "errors"}
@@ -74,7 +77,26 @@ def _promised(keys: ModelKeys, where: str) -> nn.Module:
         raise ModelError(f"{where}: its weights do not fit its config.json: {one_line(error)}") from error
     _refuse_gaps(report, where)
     assert isinstance(base, nn.Module)
+    _tie(base)
     return base
+
+
+def _tie(base: nn.Module) -> None:
+    """One parameter, where the files hold it under both of its names; transformers does not look into
+    promises.
+
+    Two that differ, in spite of the configuration, stay two, as transformers has it.
+    """
+    tied: dict[str, str] = getattr(base, "all_tied_weights_keys", {})
+    for target, source in tied.items():
+        one, other = base.get_parameter(target), base.get_parameter(source)
+        if one is other:
+            continue
+        if same_numbers(one, other):
+            module, _, name = target.rpartition(".")
+            setattr(base.get_submodule(module), name, other)
+        else:
+            log.warning("%s and %s differ in the files, so they are not tied", target, source)
 
 
 class _Opened:
