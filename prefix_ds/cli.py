@@ -4,6 +4,7 @@ Every command imports what it needs when it runs, so that `--help` is there at o
 one line and exit code 2, a request to stop in 75 (see `errors`). Knows nothing of how anything is done.
 """
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,10 @@ from typing import Annotated
 import typer
 
 from prefix_ds.dist import rank_of_environment
-from prefix_ds.errors import EXIT_BUG, EXIT_STOPPED, EXIT_USER, PeerLost, PrefixError, Stopped
+from prefix_ds.errors import EXIT_BUG, EXIT_STOPPED, EXIT_USER, PeerLost, PrefixError, Stopped, printable
+
+# Too long, or a loop of links: whichever key or argument it is in, looking for the file says so.
+_NAMES_NO_FILE_CAN_HAVE = {errno.ENAMETOOLONG, errno.ELOOP}
 
 app = typer.Typer(
     help="Prefix tuning of large language models that stay frozen and sharded.",
@@ -140,6 +144,11 @@ def main() -> None:
         app()
     except PrefixError as error:
         _say(f"error: {error}")
+        sys.exit(EXIT_USER)
+    except OSError as error:
+        if error.errno not in _NAMES_NO_FILE_CAN_HAVE:
+            raise
+        _say(f"error: {printable(str(error.filename))}: {error.strerror}")
         sys.exit(EXIT_USER)
     except Stopped as stopped:
         _say(str(stopped))
