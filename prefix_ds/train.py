@@ -217,7 +217,7 @@ def _tell(world: World, trained: Trained, examples: Iterable[Examples], start: P
     for e in examples:
         log.info("%s", e.report.line())
     log.info(
-        "trained %s, frozen %s elements%s; %s resident on each rank",
+        "trained %s, frozen %s elements%s; %s",
         f"{trained.num_trained:,}",
         f"{trained.num_frozen:,}",
         f" ({in_8_bits:,} in 8 bits)" if (in_8_bits := trained.base.num_in_8_bits()) else "",
@@ -230,7 +230,8 @@ def _tell(world: World, trained: Trained, examples: Iterable[Examples], start: P
 def _resident(base: Sharded, device: torch.device) -> str:
     total, here = base.resident_bytes(), base.resident_bytes(device)
     elsewhere = f" ({(total - here) / 2**20:,.1f} of them in the host's memory)" if here < total else ""
-    return f"{total / 2**20:,.1f} MiB{elsewhere}"
+    on_disk = f", {disk / 2**20:,.1f} MiB on its disk" if (disk := base.bytes_on_disk()) else ""
+    return f"{total / 2**20:,.1f} MiB{elsewhere} resident on each rank{on_disk}"
 
 
 def _farewell(memory: RunMemory, end: Progress) -> str:

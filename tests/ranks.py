@@ -4,6 +4,7 @@ The processes come from a fork server that has the heavy packages loaded, so a t
 DeepSpeed once.
 """
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -86,7 +87,10 @@ def _commanded(file, words, rank, size, port, before):
         before(rank)
     from prefix_ds.cli import main
 
-    main()
+    try:
+        main()
+    finally:  # as at the end of a process that multiprocessing has not started
+        atexit._run_exitfuncs()
 
 
 def free_port():

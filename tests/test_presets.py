@@ -6,23 +6,36 @@ CPUs: what is moved where on a GPU is not seen.
 
 import importlib.resources
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from prefix_ds.config import config_text, parse_config
+from prefix_ds.engine.disk import check_space, with_own_folder
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
 from prefix_ds.engine.vetting import vet
+from prefix_ds.errors import ConfigError
 from tests.ranks import command
 from tests.test_laws import bytes_of, changed, outcome
-from tests.workshop import run_config
+from tests.workshop import base_folder, run_config
 
-OTHERS = [name for name in preset_names() if name != "zero3"]
+IN_MEMORY = ["zero3_offload"]
+OTHERS = [*IN_MEMORY, "zero3_nvme"]
+ON_DISK = ["engine.deepspeed=zero3_nvme", "engine.nvme_folder=/x"]
+BUILT = Path.home() / ".cache" / "torch_extensions"
+
+
+def test_every_preset_is_tried_here():
+    assert set(preset_names()) == {"zero3", *OTHERS}
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_deepspeed_takes_it(name):
-    config = parse_config(f"model: {{name: x}}\nprefix: {{text: x}}\nengine: {{deepspeed: {name}}}")
+    words = ["engine.nvme_folder=/x"] if name == "zero3_nvme" else []
+    config = parse_config(f"model: {{name: x}}\nprefix: {{text: x}}\nengine: {{deepspeed: {name}}}", words)
     vet(deepspeed_settings(config, world_size=2), name)
 
 
@@ -84,7 +97,7 @@ def trained(place, method, name):
 
 
 @pytest.mark.parametrize("method", ["prefix", "full"])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", IN_MEMORY)
 def test_it_trains_what_zero3_trains(place, name, method):
     plain, plain_run = trained(place, method, "zero3")
     mine, run = trained(place, method, name)
@@ -102,7 +115,7 @@ def losses_of(run):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", IN_MEMORY)
 def test_it_goes_on_and_generates(place, name):
     config, run = trained(place, "prefix", name)
     before = outcome(config)
@@ -114,3 +127,52 @@ def test_it_goes_on_and_generates(place, name):
     words = ["--prompt", "the cat", "generate.max_new_tokens=6"]
     zero3 = f"engine.deepspeed={place[0] / 'zero3.json'}"
     assert ended_well("generate", run, *words).out == ended_well("generate", run, *words, zero3).out
+
+
+@pytest.mark.skipif(not list(BUILT.glob("*/async_io/*.so")), reason="async_io is not compiled here")
+def test_a_base_on_a_disk_trains_as_in_memory(tmp_path):
+    """Its shards lie in folders of the ranks, which are gone in the end, as is one of a killed run."""
+    disk = tmp_path / "disk"
+    left = disk / "prefix-ds-left"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    base = base_folder(tmp_path / "base", hidden_size=512, intermediate_size=1376, num_hidden_layers=2)
+    config = run_config(tmp_path, "train.max_steps=3", "run.valid_every=2", base=base)
+    outcomes = []
+    for words in (["engine.deepspeed=zero3"], ["engine.deepspeed=zero3_nvme", f"engine.nvme_folder={disk}"]):
+        mine = changed(config, *words, f"run.folder={tmp_path}/run{len(outcomes)}")
+        (tmp_path / "run.yaml").write_text(config_text(mine))
+        log = ended_well("train", tmp_path / "run.yaml").err
+        outcomes.append((losses_of(Path(mine.run.folder)), bytes_of(mine)))
+    assert outcomes[0] == outcomes[1]
+    assert re.search(r"; [0-9.]+ MiB resident on each rank, [0-9.]+ MiB on its disk\n", log)
+    assert not list(disk.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["engine.deepspeed=zero3_nvme"], "engine.nvme_folder: missing; zero3_nvme keeps the base on a disk"),
+        (["engine.nvme_folder=/x"], "engine.nvme_folder: /x: zero3 keeps nothing on a disk; zero3_nvme does"),
+        ([*ON_DISK, "model.bits=8"], "model.bits: 8: zero3_nvme keeps the base on a disk, through buffers"),
+        ([*ON_DISK, "train.method=full"], "train.method: full: zero3_nvme is for a base that stays as it is"),
+    ],
+)
+def test_what_does_not_go_with_a_disk(words, said):
+    with pytest.raises(ConfigError, match=said):
+        deepspeed_settings(parse_config("model: {name: x}\nprefix: {text: x}", words), world_size=2)
+
+
+def test_a_disk_that_cannot_be_used(tmp_path, monkeypatch):
+    def told(folder):
+        settings = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": str(folder)}}}
+        with pytest.raises(ConfigError) as error:
+            with_own_folder(settings)
+        return str(error.value)
+
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: True)
+    assert told(tmp_path / "gone") == f"engine.nvme_folder: {tmp_path}/gone: No such file or directory"
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
+    assert "needs libaio" in told(tmp_path)
+    with pytest.raises(ConfigError, match=r"GiB free; this rank's shards take 1,048,576.0 GiB"):
+        check_space(tmp_path, 2**50)

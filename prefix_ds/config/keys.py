@@ -128,6 +128,9 @@ class EngineKeys(Section):
     """How the base is spread over the devices."""
 
     deepspeed: str = key("zero3", "a preset of ds_configs/, or the path of a DeepSpeed file", free=True)
+    nvme_folder: str | None = key(
+        None, "a folder on a disk of each host, for presets that keep the base there", free=True
+    )
 
 
 class RunKeys(Section):

@@ -13,14 +13,17 @@ import logging
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefix_ds.dist import together
+from prefix_ds.engine.disk import check_space, with_own_folder
 from prefix_ds.engine.settings import Settings
 from prefix_ds.engine.sharding import start_deepspeed
+from prefix_ds.errors import ConfigError
 from prefix_ds.promise import read
 from prefix_ds.tracking import Progress, progress_bar
 
@@ -37,9 +40,13 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
     Raises ModelError. Every rank calls this.
     """
     began = time.perf_counter()
-    init = start_deepspeed().zero.Init(config_dict_or_path=settings)
+    deepspeed = start_deepspeed()
+    mine = together(lambda: with_own_folder(settings))
+    init = deepspeed.zero.Init(config_dict_or_path=mine)
     holders = _holders(base)
     total = sum(_shard_bytes(p, init) for p in holders)
+    if init.param_swapper is not None:
+        together(lambda: _check_disk(holders, init, total))
     takes_a_while = total > _QUICK_BYTES
     with progress_bar("loading, MiB", total >> 20, is_visible=takes_a_while and init.rank == 0) as bar:
         _fill(holders, init, bar)
@@ -47,6 +54,16 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
         seconds = time.perf_counter() - began
         log.info("loaded %s MiB a rank in %.1f s", f"{total / 2**20:,.0f}", seconds)
     return base
+
+
+def _check_disk(holders: "Holders", init: Any, total: int) -> None:
+    check_space(Path(init.param_swapper.swap_folder), total)
+    size, most = init.param_swapper.elements_per_buffer, max(_shard_numbers(p, init) for p in holders)
+    if most > size:
+        raise ConfigError(
+            f"engine.deepspeed: zero_optimization.offload_param.buffer_size: {size:,}: expected at least "
+            f"{most:,}, the numbers of a shard; or use more ranks"
+        )
 
 
 Holders = dict[Tensor, list[tuple[nn.Module, str]]]
@@ -81,7 +98,11 @@ def _groups(holders: Holders, init: Any) -> Iterator[list[Tensor]]:
 
 
 def _shard_bytes(parameter: Tensor, init: Any) -> int:
-    return -(-parameter.numel() // int(init.dp_world_size)) * parameter.element_size()
+    return _shard_numbers(parameter, init) * parameter.element_size()
+
+
+def _shard_numbers(parameter: Tensor, init: Any) -> int:
+    return -(-parameter.numel() // int(init.dp_world_size))
 
 
 def _fill_group(group: list[Tensor], holders: Holders, init: Any, bar: Progress, done: int) -> int:
@@ -114,9 +135,12 @@ def _empty_shard(parameter: Any, size: int, init: Any) -> Any:
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
-    on_disk = init.param_swapper is not None and init.param_swapper.swappable_tensor(numel=size)
+    swapper = init.param_swapper
+    on_disk = (
+        swapper is not None and parameter.dtype == swapper.dtype and swapper.swappable_tensor(numel=size)
+    )
     if on_disk:
-        buffer = init.param_swapper.get_buffer(parameter, size)
+        buffer = swapper.get_buffer(parameter, size)
         shard: Any = torch.empty(0, dtype=parameter.dtype, device=buffer.device)
         shard.data = buffer.data
     else:

@@ -63,6 +63,7 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> Settings:
     for mistake in _mistakes(settings):
         raise ConfigError(f"engine.deepspeed: {name}: {mistake}")
     _refuse_auto(settings, name)
+    _place_on_disk(settings, config)
     return settings | {
         "train_batch_size": world_size,  # micro-batches vary in number: the engine counts them, not DeepSpeed
         "train_micro_batch_size_per_gpu": 1,
@@ -87,6 +88,32 @@ def _mistakes(settings: Settings) -> Iterator[str]:
     for key in zero if isinstance(zero, dict) else ():
         if key in _UNVERIFIED:
             yield f"zero_optimization.{key}: not verified, leave it out"
+
+
+def _place_on_disk(settings: Settings, config: RunConfig) -> None:
+    """Tells an offload to NVMe its folder, which differs from machine to machine."""
+    name, folder = config.engine.deepspeed, config.engine.nvme_folder
+    offload = settings["zero_optimization"].get("offload_param")
+    if not isinstance(offload, dict) or offload.get("device") != "nvme":
+        if folder:
+            raise ConfigError(
+                f"engine.nvme_folder: {folder}: {name} keeps nothing on a disk; zero3_nvme does"
+            )
+        return
+    if "nvme_path" in offload:
+        raise ConfigError(
+            f"engine.deepspeed: {name}: nvme_path is given twice: remove it, engine.nvme_folder says it"
+        )
+    if not folder:
+        raise ConfigError(f"engine.nvme_folder: missing; {name} keeps the base on a disk of each host")
+    if config.train.method != "prefix":
+        raise ConfigError(f"train.method: {config.train.method}: {name} is for a base that stays as it is")
+    if config.model.bits == 8:
+        raise ConfigError(
+            f"model.bits: 8: {name} keeps the base on a disk, through buffers of DeepSpeed that hold numbers "
+            "of model.dtype; use 16 bits, or zero3_offload"
+        )
+    offload["nvme_path"] = folder
 
 
 def preset_names() -> list[str]:

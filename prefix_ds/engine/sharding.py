@@ -39,13 +39,16 @@ class Sharded:
 
     def resident_bytes(self, device: torch.device | None = None) -> int:
         """Bytes of parameters and buffers that this rank holds between two steps, in all or on a device."""
-        shards = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
-        whole = [
-            *self.module.parameters(),
-            *self.module.buffers(),
-        ]  # a shard's parameter is empty, of size [0]
-        held = [t for t in [*shards, *whole] if device is None or t.device.type == device.type]
+        whole = [*self.module.parameters(), *self.module.buffers()]  # a shard's parameter is empty
+        held = [t for t in [*self._shards(), *whole] if device is None or t.device.type == device.type]
         return sum(t.numel() * t.element_size() for t in held)
+
+    def bytes_on_disk(self) -> int:
+        """Bytes of this rank's shards that lie on a disk."""
+        return sum(s.ds_numel * s.element_size() for s in self._shards() if s.final_location == "nvme")
+
+    def _shards(self) -> list[Any]:
+        return [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
 
 
 def start_deepspeed() -> Any:
