@@ -6,9 +6,10 @@ watched.
 Makes a Llama-shaped checkpoint of 7 billion random parameters in bfloat16 (13.5 GB in FOLDER, made once), and
 runs `prefix-ds train` on 2 ranks under torchrun for 3 steps, with recomputation and, unless told otherwise,
 the base in 8 bits. Printed are the losses, the bytes of all processes together at their highest (proportional
-set size, sampled every 50 ms: what two ranks share counts once), each rank's own highest as the kernel
+set size, sampled every half second: what two ranks share counts once), each rank's own highest as the kernel
 recorded it, seconds, and the verdict of each rank on what it held: whether any byte of its shards differs
-after training, and how far the prefix has moved."""
+after training, and how far the prefix has moved.
+"""
 
 import hashlib
 import json
@@ -140,7 +141,7 @@ def watch(child, peaks):
                 continue
         for key, size in {**now, "all": sum(now.values())}.items():
             peaks[key] = max(peaks.get(key, 0), size)
-        time.sleep(0.05)
+        time.sleep(0.5)
 
 
 def rank(path):
