@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from prefix_ds.config import parse_config
-from prefix_ds.engine.settings import deepspeed_settings, preset_names
-
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room is a module or a package of prefix_ds; it may import rooms of strictly lower floors, and itself.
@@ -109,14 +106,3 @@ def test_help_loads_nothing_heavy(words):
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip().splitlines()[-1] == "LOADED []", done.stdout
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_every_preset_resolves_and_deepspeed_accepts_it(name):
-    import deepspeed
-
-    config = parse_config(f"model: {{name: x}}\nprefix: {{text: x}}\nengine: {{deepspeed: {name}}}")
-    settings = deepspeed_settings(config, world_size=1)
-    assert "auto" not in str(settings)
-    accepted = deepspeed.DeepSpeedConfig(settings)
-    assert accepted.zero_config.stage == 3
