@@ -86,6 +86,35 @@ def check(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="devices of each")] = 8,
+    gpu: Annotated[str | None, typer.Option(help="kind of device; none: h100-80gb")] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="of a device of your own: GiB of memory")] = None,
+    tflops: Annotated[float | None, typer.Option(help="its peak in bfloat16")] = None,
+    link_gbps: Annotated[float | None, typer.Option(help="Gbit/s of its slowest link")] = None,
+    example_tokens: Annotated[
+        int | None, typer.Option(help="mean tokens of an example; none: data.max_length")
+    ] = None,
+    targets: Annotated[float, typer.Option(help="part of all tokens that are targets")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="the same, for programs")] = False,
+) -> None:
+    """Tell memory, traffic and time of a run from its base's configuration: no weights, no GPU."""
+    from rich.console import Console
+
+    from prefix_ds.config import read_config
+    from prefix_ds.plan import Job, device_named
+    from prefix_ds.plan import plan as tell
+
+    config = read_config(run_file, overrides or [])
+    job = Job(nodes, gpus_per_node, example_tokens or config.data.max_length, targets)
+    device = device_named(gpu, memory_gib, tflops, link_gbps)
+    tell(config, job, device, Console(), as_json=as_json)
+
+
+@app.command()
 def init(folder: Annotated[Path, typer.Argument(help="where run.yaml is written")] = Path()) -> None:
     """Write a commented run.yaml to start from."""
     from prefix_ds.init import write_starter

@@ -5,12 +5,9 @@ A case is a family, a number of bits, and recomputation or not. The terms of eac
 what the process had before, 1.03 times its shard, what ZeRO-3 may have gathered at a time, activations.
 """
 
-import ctypes
-import gc
 import logging
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +25,7 @@ from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import random_table
 from tests.laws import batch_of, tokens
 from tests.ranks import on_ranks
+from tests.resident import MIB, forget_highest, give_back_what_is_free, highest, resident, settle
 from tests.tiny_models import tiny, tiny_config
 
 FAMILIES = ["llama", "gpt2", "qwen3_moe", "deepseek_v3"]
@@ -37,7 +35,6 @@ LIVE = 3_000_000  # elements that ZeRO-3 may have gathered before it fetches no 
 # shapes, of which the tiles of 8-bit experts make many: up to 20, no more after the fifth step than after
 # the first, while the tensors alive are the shards to 0.1 MiB.
 NOISE_MIB = {16: 10, 8: 24}
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +52,10 @@ def bases(tmp_path_factory):
     return folder
 
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / MIB
-
-
-def highest():
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
-
-
-def forget_highest():
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def give_back_what_is_free():
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def terms_of(case, folder, keeps_aliases=False):
     """The terms of a case in MiB, in a process of its own: DeepSpeed keeps parts of an engine that is
     gone."""
-    ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
-    ctypes.CDLL("libc.so.6").mallopt(-8, 1)  # M_ARENA_MAX
+    settle()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     family, bits, recompute = case

@@ -17,7 +17,7 @@ FLOORS = [
     {"model", "loading", "logs", "run_folder"},
     {"engine", "initial", "result", "suitability"},
     {"loop", "memory", "opening", "export"},
-    {"train", "generate", "check", "init", "importing"},
+    {"train", "generate", "check", "init", "importing", "plan"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -30,7 +30,7 @@ DOORS = {
     "mlflow": {"tracking"},
     "peft": set(),
     "bitsandbytes": set(),
-    "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs"},
+    "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs", "plan"},
     "datasets": {"data", "logs"},
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}

@@ -15,6 +15,8 @@ Rejected: casting and scaling the weight (rounds it again, and touches more numb
 Knows nothing of modules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,16 @@ from torch import Tensor
 from prefix_ds.int8.misuse import scales_known
 
 _TILE_NUMBERS = {"cpu": 2**21, "cuda": 2**26}  # of the weight, cast at once
+
+
+@contextmanager
+def tiles_as_on(device_type: str) -> Iterator[None]:
+    """Tensors on the meta device, which stand for others, are cast in tiles as on such a device."""
+    _TILE_NUMBERS["meta"] = _TILE_NUMBERS[device_type]
+    try:
+        yield
+    finally:
+        del _TILE_NUMBERS["meta"]
 
 
 def times_rows(x: Tensor, weight: Tensor, scale: Tensor, index: int | None = None) -> Tensor:

@@ -40,9 +40,18 @@ def vetted_config(keys: ModelKeys) -> Any:
 
     Quick; reads no weights. Raises ModelError.
     """
+    check_folder(keys)
+    return base_config(keys)
+
+
+def base_config(keys: ModelKeys) -> Any:
+    """The transformers configuration of the base; no weights need be there. Raises PrefixError."""
     from transformers import AutoConfig
 
-    check_folder(keys)
+    if not keys.name:
+        check_new(keys)
+        return AutoConfig.for_model(**keys.config)
+    _check_place(keys.name)
     with library_errors(place("model.name", str(keys.name))):
         return AutoConfig.from_pretrained(
             keys.name, revision=keys.revision, trust_remote_code=keys.trust_remote_code
@@ -56,14 +65,20 @@ def check_folder(keys: ModelKeys) -> None:
     """
     name = keys.name or ""
     folder = Path(name)
+    _check_place(name)
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"model.name: {name}: there is no such folder")
         return
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.name: {name}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"model.name: {name}: the folder has no .safetensors file (pickled weights are not loaded)"
         )
     stored_tensors(keys)
+
+
+def _check_place(name: str) -> None:
+    """Raises ModelError for a name that means a folder, where no base is."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"model.name: {name}: the folder has no config.json")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"model.name: {name}: there is no such folder")

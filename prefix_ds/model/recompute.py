@@ -31,7 +31,7 @@ class Recomputation:
 
         Raises ModelError where no layer can be computed again.
         """
-        self._layers = _outermost(base)
+        self._layers = repeatable_layers(base)
         if not self._layers:
             raise ModelError(
                 f"model.recompute: true, but {type(base).__name__} has no layers that can be computed again; "
@@ -55,8 +55,8 @@ class Recomputation:
             layer.training = layer.gradient_checkpointing = on
 
 
-def _outermost(module: nn.Module) -> list[Any]:
-    """The layers that are not inside another, which is repeated when the switch is off again."""
+def repeatable_layers(module: nn.Module) -> list[Any]:
+    """Those that can be computed again and are not inside another, which would be repeated with it."""
     if isinstance(module, GradientCheckpointingLayer):
         return [module]
-    return [layer for child in module.children() for layer in _outermost(child)]
+    return [layer for child in module.children() for layer in repeatable_layers(child)]

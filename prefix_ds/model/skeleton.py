@@ -21,7 +21,7 @@ from prefix_ds.model.trial import Trial
 def check_skeleton(config: Any, attention: AttentionChoice, *, trust_remote_code: bool = False) -> None:
     """Raises ModelError if a base of this transformers configuration, loaded, could not take a prefix."""
     try:
-        base = _skeleton(config, trust_remote_code)
+        base = skeleton(config, trust_remote_code)
     except Exception:  # loading it says why
         return
     switch_attention(base, attention)
@@ -35,9 +35,12 @@ def check_skeleton(config: Any, attention: AttentionChoice, *, trust_remote_code
         raise no_attention_to_join(base)
 
 
-def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+def skeleton(config: Any, trust_remote_code: bool, dtype: torch.dtype | None = None) -> Any:
+    """A base on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        base = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype
+        )
     return base.eval()

@@ -1,0 +1,96 @@
+"""What to change when a run does not fit, or wastes what it has.
+
+The ways to need less memory are tried one by one and then together, each with the fewest devices it would do
+with. Knows nothing of how an estimate is made.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from prefix_ds.config import RunConfig
+from prefix_ds.plan.devices import Device
+from prefix_ds.plan.estimate import Estimate, Job
+
+_MOST_DEVICES = 4096
+
+Estimated = Callable[[RunConfig, Job], Estimate]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A variant of a run: the keys that differ, its bytes a device, and the fewest devices it fits on."""
+
+    overrides: tuple[str, ...]
+    total_bytes: int
+    fits: bool
+    fewest: int | None  # None: not on any number that was tried
+
+
+def ways(config: RunConfig, job: Job, device: Device, estimated: Estimated) -> list[Way]:
+    """The run as it is, and what would make it smaller."""
+    return [
+        _way(changed(config, overrides), overrides, job, device, estimated) for overrides in _changes(config)
+    ]
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, ...]]:
+    yield ()
+    recompute = () if config.model.recompute else ("model.recompute=true",)
+    eight = ("model.bits=8",) if config.model.bits == 16 and config.train.method == "prefix" else ()
+    offload = ("engine.deepspeed=zero3_offload",) if config.engine.deepspeed == "zero3" else ()
+    if recompute:
+        yield recompute
+    if eight:
+        yield (*recompute, *eight)
+    if offload:
+        yield (*recompute, *eight, *offload)
+
+
+def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The configuration with some keys given anew."""
+    for override in overrides:
+        path, _, value = override.partition("=")
+        section, _, key = path.partition(".")
+        typed: object = {"true": True, "8": 8}.get(value, value)
+        part = getattr(config, section).model_copy(update={key: typed})
+        config = config.model_copy(update={section: part})
+    return config
+
+
+def _way(
+    config: RunConfig, overrides: tuple[str, ...], job: Job, device: Device, estimated: Estimated
+) -> Way:
+    limit = device.memory_gib * 2**30
+    total = estimated(config, job).total_bytes
+    fewest = _fewest(job, lambda other: estimated(config, other).total_bytes <= limit)
+    return Way(overrides, total, total <= limit, fewest)
+
+
+def _fewest(job: Job, fits: Callable[[Job], bool]) -> int | None:
+    """The smallest number of devices: within a node any, beyond it whole nodes."""
+    inside = [replace(job, nodes=1, devices_per_node=n) for n in range(1, job.devices_per_node + 1)]
+    most = _MOST_DEVICES // job.devices_per_node
+    beyond = [replace(job, nodes=n) for n in range(2, most + 1)]
+    every = [*inside, *beyond]
+    low, high = 0, len(every)  # more devices never need more memory each
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(every[middle]) else (middle + 1, high)
+    return every[low].num_devices if low < len(every) else None
+
+
+def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> Iterator[str]:
+    """What is wasted, a line each."""
+    idle = job.num_devices - config.train.global_batch_size
+    if idle > 0:
+        yield (
+            f"train.global_batch_size: {config.train.global_batch_size} examples a step leave {idle:,} of "
+            f"{job.num_devices:,} devices without any: use fewer devices, or raise it"
+        )
+    room = found.seconds["arithmetic"]
+    if found.step_seconds > 1.5 * room and not idle > 0:
+        yield (
+            f"the {found.limit} takes {found.step_seconds / room:.1f} times as long as the arithmetic: a "
+            "higher train.micro_batch_tokens, and as many more examples in train.global_batch_size, gather "
+            "the base less often a token; so do fewer devices, and model.bits=8 halves what is gathered"
+        )

@@ -1,0 +1,284 @@
+"""A micro-batch of a run, forward and backward, on torch's meta device: a base of any size has shapes there
+and no numbers.
+
+The real code runs: the base's own, our attention, loss and recomputation. A meter counts what is allocated
+and computed, and hooks write down when DeepSpeed would fetch a module's parameters and when it would let them
+go, in the order of its own hooks (`DeepSpeedZeRoOffload`, 0.19): before a forward pass and when the first
+gradient reaches a module's outputs; after a forward pass and when the last gradient has left its inputs.
+
+Knows nothing of ranks or files.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_ds.config import ModelKeys
+from prefix_ds.data.batch import Batch
+from prefix_ds.errors import ModelError
+from prefix_ds.int8 import tiles_as_on
+from prefix_ds.model import PrefixLM
+from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
+from prefix_ds.plan.experts import balance_experts
+from prefix_ds.plan.marks import Alive, Mark
+from prefix_ds.plan.meter import Meter, fused_attention
+from prefix_ds.prefix import Slot
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A parameter of the base."""
+
+    numel: int
+    itemsize: int  # bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole parameter."""
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: rows of so many tokens, so many of all of them targets, behind a prefix."""
+
+    rows: int
+    length: int
+    targets: int
+    prefix_length: int  # 0: no prefix, and all weights are trained
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """What happened."""
+
+    weights: tuple[Weights, ...]  # in the order in which a run makes them
+    held: dict[str, tuple[int, ...]]  # for each module, the numbers of the weights of its own
+    buffer_bytes: int
+    marks: tuple[Mark, ...]
+    slots: tuple[Slot, ...]  # that have a prefix
+
+    @property
+    def flops(self) -> int:
+        """Of both passes."""
+        return sum(mark.flops for mark in self.marks)
+
+
+Chosen = Callable[[tuple[Slot, ...]], tuple[Slot, ...]]
+
+
+def rehearsed(
+    make: Callable[[], Any], keys: ModelKeys, shape: Shape, device_type: str, chosen: Chosen | None = None
+) -> Rehearsal:
+    """One micro-batch of training on a base that `make` makes, with its parameters on the meta device.
+
+    `chosen` picks the slots that get a prefix; None: all. Raises ModelError for a base that goes a way which
+    depends on numbers.
+    """
+    base = make()
+    number = {weight: n for n, weight in enumerate(_in_order(base))}
+    modules = dict(base.named_modules())
+    whole = {
+        "weights": tuple(Weights(w.numel(), w.element_size()) for w in number),
+        "held": {
+            name: tuple(number[w] for w in module.parameters(recurse=False))
+            for name, module in modules.items()
+        },
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in base.buffers()),
+    }
+    stack = shortened(base) if chosen is None else None
+    try:
+        marks, slots = _performed(base, keys, shape, device_type, chosen)
+        if stack is not None:
+            marks, slots = laid_out(marks, stack), _all_slots(slots, stack)
+    except (IrregularError, ModelError):
+        if stack is None:
+            raise
+        marks, slots = _performed(make(), keys, shape, device_type, chosen)
+    return Rehearsal(**whole, marks=tuple(marks), slots=tuple(slots))
+
+
+def between(few: Rehearsal, many: Rehearsal, part: float) -> Rehearsal:
+    """The rehearsal with a number of rows between those of two others: all that is counted grows in line."""
+
+    def mixed(one: int, other: int) -> int:
+        return round(one + (other - one) * part)
+
+    def alive(one: Alive, other: Alive) -> Alive:
+        return Alive(mixed(one.total, other.total), mixed(one.logits, other.logits))
+
+    marks = (
+        replace(
+            one,
+            before=alive(one.before, other.before),
+            highest=alive(one.highest, other.highest),
+            flops=mixed(one.flops, other.flops),
+        )
+        for one, other in zip(few.marks, many.marks, strict=True)
+    )
+    return replace(many, marks=tuple(marks))
+
+
+def _in_order(base: nn.Module) -> list[nn.Parameter]:
+    """Each parameter once, as modules come."""
+    every = (w for module in base.modules() for w in module._parameters.values() if w is not None)
+    return list(dict.fromkeys(every))
+
+
+def _all_slots(slots: tuple[Slot, ...], stack: Stack) -> tuple[Slot, ...]:
+    by_layer = {
+        position: [s for s in slots if stack.layer_of(s.name) == position] for position in stack.stands
+    }
+    return tuple(
+        Slot(stack.renamed(slot.name, layer), slot.num_heads, slot.key_dim, slot.value_dim)
+        for layer, position in enumerate(stack.stands)
+        for slot in by_layer[position]
+    )
+
+
+def _performed(
+    base: Any, keys: ModelKeys, shape: Shape, device_type: str, chosen: Chosen | None
+) -> tuple[list[Mark], tuple[Slot, ...]]:
+    weights = list(base.parameters())
+    meter = Meter([*weights, *base.buffers()], base.config.get_text_config(decoder=True).vocab_size)
+    balance_experts(base)
+    with _told_by(base), meter, tiles_as_on(device_type), fused_attention(meter, device_type):
+        lm = PrefixLM(base, attention=keys.attention, recompute=keys.recompute, device=torch.device("meta"))
+        slots = chosen(lm.slots) if chosen else lm.slots
+        notes = _Notes(base, meter)
+        _run(lm, shape, slots, weights)
+        return notes.marks(), slots
+
+
+@contextmanager
+def _told_by(base: Any) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError, AttributeError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{base.config.model_type} cannot be planned for: its code depends on numbers, and a plan has "
+            f"none ({first})"
+        ) from error
+
+
+def _run(lm: PrefixLM, shape: Shape, slots: tuple[Slot, ...], weights: list[nn.Parameter]) -> None:
+    table_PD = None
+    if shape.prefix_length:
+        width = sum(slot.width for slot in slots)
+        table_PD = torch.empty(shape.prefix_length, width, device="meta").requires_grad_()
+    else:
+        for weight in weights:
+            weight.requires_grad_().register_post_accumulate_grad_hook(_take_away)  # type: ignore[no-untyped-call]
+    torch.autograd.backward(lm.loss(_batch(shape), table_PD, slots))
+    lm.detach()
+
+
+def _take_away(weight: Tensor) -> None:
+    """DeepSpeed does so with a gradient as soon as it is there."""
+    weight.grad = None
+
+
+def _batch(shape: Shape) -> Batch:
+    ids_BT = torch.empty(shape.rows, shape.length, dtype=torch.long, device="meta")
+    index_M = torch.empty(shape.targets, dtype=torch.long, device="meta")
+    return Batch(ids_BT, torch.empty_like(ids_BT), index_M, index_M.clone(), shape.tokens)
+
+
+_What = tuple[str, bool, bool, bool]  # the first fields of a Mark
+
+
+class _Notes:
+    """Hooks on every module, in DeepSpeed's order, and what they have seen."""
+
+    def __init__(self, base: nn.Module, meter: Meter) -> None:
+        self._meter = meter
+        self._seen: list[tuple[_What, Alive, Alive, int]] = []
+        for name, module in base.named_modules():
+            _hook(module, name, self._mark)
+
+    def _mark(self, module: str, is_fetch: bool, is_forward: bool) -> None:
+        again = is_forward and torch._C._current_graph_task_id() != -1
+        self._seen.append(((module, is_fetch, is_forward, again), *self._look()))
+
+    def _look(self) -> tuple[Alive, Alive, int]:
+        return self._meter.now(), self._meter.highest(), self._meter.flops
+
+    def marks(self) -> list[Mark]:
+        """All of them; what was seen at the next mark tells what happened after one."""
+        ends = [seen[1:] for seen in self._seen[1:]] + [self._look()]
+        return [
+            Mark(*what, before, highest, flops_after - flops)
+            for (what, before, _, flops), (_, highest, flops_after) in zip(self._seen, ends, strict=True)
+        ]
+
+
+def _hook(module: nn.Module, name: str, mark: Callable[[str, bool, bool], None]) -> None:
+    left = [0]  # inputs whose gradient is not known yet
+
+    def before(_: nn.Module, inputs: Any) -> Any:
+        mark(name, True, True)
+        left[0] = 0
+        return _tapped(inputs, entered)
+
+    def entered(tensor: Tensor) -> Tensor:
+        left[0] += tensor.requires_grad
+        return _through(tensor, passed)
+
+    def passed() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            mark(name, False, False)
+
+    def after(_: nn.Module, inputs: Any, output: Any) -> Any:
+        mark(name, False, True)
+        fresh = [True]
+
+        def reached() -> None:
+            if fresh[0]:
+                fresh[0] = False
+                mark(name, True, False)
+
+        return _tapped(output, lambda tensor: _through(tensor, reached))
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _tapped(value: Any, tap: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return tap(value)
+    if isinstance(value, dict):
+        for name in value:
+            value[name] = _tapped(value[name], tap)
+    elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_tapped(part, tap) for part in value)
+    return value
+
+
+def _through(tensor: Tensor, told: Callable[[], None]) -> Tensor:
+    result: Tensor = _Tap.apply(tensor, told)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Tap(torch.autograd.Function):
+    """Gives a tensor on, and tells when its gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, told: Callable[[], None]) -> Tensor:
+        ctx.told = told
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
+        ctx.told()
+        return grads[0], None

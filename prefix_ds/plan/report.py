@@ -1,0 +1,127 @@
+"""A plan for people, and for programs.
+
+Knows nothing of how it was made.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prefix_ds.config import RunConfig
+from prefix_ds.plan.advice import Way
+from prefix_ds.plan.devices import Device
+from prefix_ds.plan.estimate import COMPUTE_PART, LINK_PART, Estimate, Job, Step
+
+_AS_IS = "as it is"
+
+
+def show(
+    console: Console,
+    config: RunConfig,
+    job: Job,
+    device: Device,
+    step: Step,
+    columns: dict[str, Estimate],
+    found_ways: list[Way],
+    notes: list[str],
+) -> None:
+    """The tables. `columns`: the run as it is first, then with what differs."""
+    shape, name = step.shape, config.model.name or config.model.config.get("model_type")
+    console.print(
+        f"{name}: {job.num_devices:,} x {device.name} ({job.nodes:,} nodes of "
+        f"{job.devices_per_node}), {step.micro_batches} micro-batches a step, each of "
+        f"{shape.rows} rows of {shape.length:,} tokens behind {shape.prefix_length} prefix positions"
+    )
+    console.print(_memory(columns, device))
+    console.print(_time(columns))
+    console.print(_ways(found_ways, device))
+    for note in notes:
+        console.print(f"note: {note}")
+    console.print(
+        f"Assumed: examples of {job.example_tokens:,} tokens, {job.target_part:.0%} of them targets; "
+        f"{COMPUTE_PART:.0%} of the peak in products, {LINK_PART:.0%} of the links; transfers overlap with "
+        "arithmetic. Memory and traffic follow the run's own code and DeepSpeed's rules.",
+        style="dim",
+    )
+
+
+def _memory(columns: dict[str, Estimate], device: Device) -> Table:
+    table = Table("GiB a device", *columns, title="Memory at the peak of a step", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    terms = dict.fromkeys(term for estimate in columns.values() for term in estimate.memory)
+    for term in terms:
+        table.add_row(term, *(_gib(estimate.memory.get(term, 0)) for estimate in columns.values()))
+    table.add_section()
+    table.add_row("total", *(_verdict(estimate.total_bytes, device) for estimate in columns.values()))
+    if any(estimate.host_bytes for estimate in columns.values()):
+        table.add_row("shards in the host's memory", *(_gib(e.host_bytes) for e in columns.values()))
+    return table
+
+
+def _verdict(total: int, device: Device) -> str:
+    fits = total <= device.memory_gib * 2**30
+    return f"{_gib(total)} {'fits' if fits else 'DOES NOT FIT'} in {device.memory_gib:g}"
+
+
+def _time(columns: dict[str, Estimate]) -> Table:
+    table = Table("a step", *columns, title="Traffic and time", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    estimates = list(columns.values())
+    table.add_row("GiB received by a device", *(_gib(e.traffic.received_bytes) for e in estimates))
+    table.add_row("collective calls", *(f"{e.traffic.calls:,}" for e in estimates))
+    for name in estimates[0].seconds:
+        if any(e.seconds[name] for e in estimates):
+            table.add_row(f"seconds of {name}", *(f"{e.seconds[name]:.3f}" for e in estimates))
+    table.add_section()
+    table.add_row("seconds", *(f"{e.step_seconds:.3f}" for e in estimates))
+    table.add_row("limited by", *(e.limit for e in estimates))
+    table.add_row("tokens/s, all devices", *(f"{e.tokens / e.step_seconds:,.0f}" for e in estimates))
+    return table
+
+
+def _ways(found: list[Way], device: Device) -> Table:
+    table = Table(
+        "with", "GiB a device", "fits here", f"fewest {device.name}", title="Ways", title_justify="left"
+    )
+    for way in found:
+        table.add_row(
+            ", ".join(way.overrides) or _AS_IS,
+            _gib(way.total_bytes),
+            "yes" if way.fits else "no",
+            "none" if way.fewest is None else f"{way.fewest:,}",
+        )
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f}"
+
+
+def as_data(
+    config: RunConfig,
+    job: Job,
+    device: Device,
+    step: Step,
+    columns: dict[str, Estimate],
+    found_ways: list[Way],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The same as plain values; bytes, seconds and numbers."""
+    derived = ("total_bytes", "step_seconds", "limit")
+    return {
+        "model": config.model.name,
+        "job": asdict(job),
+        "device": asdict(device),
+        "step": asdict(step),
+        "assumed": {"compute_part": COMPUTE_PART, "link_part": LINK_PART},
+        "estimates": {
+            name: asdict(estimate) | {field: getattr(estimate, field) for field in derived}
+            for name, estimate in columns.items()
+        },
+        "ways": [asdict(way) for way in found_ways],
+        "notes": notes,
+    }
