@@ -126,8 +126,8 @@ def _measured(case, folder):
         _used_once(case, folder, world)
         give_back_what_is_free()
         own = resident()
-        engine = _engine(config_of(case, folder), case, world)
-        share = _share(case)
+        engine = engine_of(config_of(case, folder), case, world)
+        share = share_of(case)
         for _ in range(STEPS):
             engine.step(share, 1e-4)
         give_back_what_is_free()
@@ -147,11 +147,12 @@ def _used_once(case, folder, world):
     lm = PrefixLM(base.requires_grad_(False))
     table = random_table(lm.slots, case.prefix, 0.02, seed=0).requires_grad_()
     for _ in range(2):
-        lm.loss(_share(case).micro_batches[0], table, lm.slots).backward()
+        lm.loss(share_of(case).micro_batches[0], table, lm.slots).backward()
         lm.detach()
 
 
-def _engine(config, case, world):
+def engine_of(config, case, world):
+    """An engine on the case's base, in shards."""
     settings = deepspeed_settings(config, world.size)
     base = in_shards(load_base(config.model), settings)
     if config.train.method == "full":
@@ -163,8 +164,11 @@ def _engine(config, case, world):
     return PrefixEngine(lm, prefix, config.train, world, write=lambda *_: None)
 
 
-def _share(case):
-    ids_BT = torch.randint(0, 16000, (case.rows, case.length), generator=torch.Generator().manual_seed(0))
+def share_of(case, vocab_size=16000):
+    """Each rank's: rows of one document."""
+    ids_BT = torch.randint(
+        0, vocab_size, (case.rows, case.length), generator=torch.Generator().manual_seed(0)
+    )
     positions_BT = torch.arange(case.length).expand(case.rows, -1)
     index_M = torch.arange(ids_BT.numel())
     batch = Batch(ids_BT, positions_BT, index_M, ids_BT.flatten().roll(-1), ids_BT.numel())

@@ -51,7 +51,7 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         path, _, value = override.partition("=")
         section, _, key = path.partition(".")
-        typed: object = {"true": True, "8": 8}.get(value, value)
+        typed: object = {"true": True, "false": False, "8": 8}.get(value, value)
         part = getattr(config, section).model_copy(update={key: typed})
         config = config.model_copy(update={section: part})
     return config

@@ -32,18 +32,20 @@ def show(
     console.print(
         f"{name}: {job.num_devices:,} x {device.name} ({job.nodes:,} nodes of "
         f"{job.devices_per_node}), {step.micro_batches} micro-batches a step, each of "
-        f"{shape.rows} rows of {shape.length:,} tokens behind {shape.prefix_length} prefix positions"
+        f"{shape.rows} rows of {shape.length:,} tokens behind {shape.prefix_length} prefix positions",
+        soft_wrap=True,
     )
     console.print(_memory(columns, device))
     console.print(_time(columns))
     console.print(_ways(found_ways, device))
     for note in notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
     console.print(
         f"Assumed: examples of {job.example_tokens:,} tokens, {job.target_part:.0%} of them targets; "
         f"{COMPUTE_PART:.0%} of the peak in products, {LINK_PART:.0%} of the links; transfers overlap with "
         "arithmetic. Memory and traffic follow the run's own code and DeepSpeed's rules.",
         style="dim",
+        soft_wrap=True,
     )
 
 

@@ -1,0 +1,299 @@
+"""What `prefix-ds plan` says is what happens: DeepSpeed gathers what its replay gathers, call by call, and a
+rank's memory at the peak of a step is near the sum of its terms.
+
+More runs, larger: `tests.benchmarks.plan_check`.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from prefix_ds.cli import app
+from prefix_ds.config import ModelKeys, config_text, parse_config
+from prefix_ds.dist import joined_world
+from prefix_ds.errors import ConfigError, ModelError
+from prefix_ds.model.skeleton import skeleton
+from prefix_ds.plan import Job, device_named, estimator
+from prefix_ds.plan import rehearsal as rehearsing
+from prefix_ds.plan.devices import DEVICES
+from prefix_ds.plan.estimate import step_of
+from prefix_ds.plan.rehearsal import Shape, between, rehearsed
+from tests.planned import (
+    CPU,
+    Case,
+    config_of,
+    counted_gathers,
+    engine_of,
+    made_base,
+    measured,
+    planned,
+    share_of,
+)
+from tests.ranks import on_ranks
+from tests.resident import MIB
+from tests.test_families import NAMED, NEEDS
+from tests.tiny_models import FAMILIES, tiny_config
+
+# What goes a way that depends on numbers, in their own code.
+NOT_PLANNED = {"dbrx", "jetmoe", "longcat_flash", "qwen4_exp", "qwen4_exp_text", "xmod"}
+NOT_MADE = {"emu3", "mllama"}  # transformers makes no causal model of the configuration that is shrunk
+PLANNED = [f for f in FAMILIES if f not in {*NAMED, *NOT_PLANNED, *NOT_MADE, *NEEDS}]
+SMALL = (("stage3_max_live_parameters", 60_000), ("stage3_prefetch_bucket_size", 20_000))
+ALL_SHARDED = (*SMALL, ("stage3_param_persistence_threshold", 0))
+EIGHT = ("model.bits=8", "model.vocabulary_bits=8")
+SHAPE = Shape(rows=2, length=16, targets=16, prefix_length=4)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Tiny bases in a folder, for what is gathered; larger ones, for memory."""
+    folder = tmp_path_factory.mktemp("bases")
+    for family in ("llama", "gpt2", "qwen3_moe", "deepseek_v3", "gemma2"):
+        config = tiny_config(family)
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        base.save_pretrained(folder / "tiny" / family)
+    made_base(folder, "llama")
+    return folder
+
+
+def gathered_in_steps(case, folder):
+    """(bytes, calls) of each of some steps, the first of which is the fourth."""
+    transformers.logging.disable_progress_bar()
+    with joined_world() as world:
+        engine, share, found = engine_of(config_of(case, folder), case, world), share_of(case, 90), []
+        for number in range(6):
+            with counted_gathers() as sizes:
+                engine.step(share, 1e-4)
+            if number > 2:
+                found.append((sum(sizes), len(sizes)))
+        return found
+
+
+@pytest.mark.parametrize("words", [(), ("model.recompute=true",), EIGHT])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "deepseek_v3", "gemma2"])
+def test_deepspeed_gathers_what_its_replay_gathers(bases, family, words):
+    case = Case(family, words=words, rows=2, length=16, prefix=4, zero=ALL_SHARDED)
+    found = on_ranks(2, gathered_in_steps, case, bases / "tiny")[0]
+    estimate = estimate_of(case, bases / "tiny")
+    assert found == [(estimate.traffic.gathered_bytes, estimate.traffic.calls)] * 3
+
+
+def estimate_of(case, folder):
+    return estimator(CPU, case.prefix)(config_of(case, folder), Job(1, case.ranks, case.length, 1.0))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("llama"), Case("llama", words=("model.bits=8", "model.recompute=true"))],
+    ids=lambda case: case.name,
+)
+def test_memory_is_near_the_plan(bases, case):
+    (terms, gathered), (peak, found) = planned(case, bases), measured(case, bases)
+    told = ", ".join(f"{name} {size / MIB:.0f}" for name, size in terms.items())
+    assert sum(terms.values()) == pytest.approx(peak, rel=0.1), told
+    assert gathered == pytest.approx(found, rel=0.03)
+
+
+def test_eight_bits_gather_half(bases):
+    """As counted at the collective calls; the vocabulary in 8 bits too."""
+    cases = Case("llama"), Case("llama", words=EIGHT)
+    plain, eight = (on_ranks(2, gathered_in_steps, case, bases)[0][-1][0] for case in cases)
+    assert eight <= 0.52 * plain
+
+
+def makes(family, **sizes):
+    config = tiny_config(family)
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    return lambda: skeleton(config, False, torch.bfloat16).requires_grad_(False)
+
+
+def seen(make, recompute=False, shape=SHAPE):
+    return rehearsed(make, ModelKeys(recompute=recompute), shape, "cpu")
+
+
+def test_most_families_can_be_planned_for():
+    assert len(PLANNED) >= 120
+
+
+@pytest.mark.parametrize("family", PLANNED)
+def test_it_is_rehearsed(family):
+    rehearsal = seen(makes(family))
+    assert rehearsal.flops > 0
+    assert rehearsal.slots
+    assert max(mark.highest.total for mark in rehearsal.marks) > 0
+    assert {mark.module for mark in rehearsal.marks} <= set(rehearsal.held)
+
+
+@pytest.mark.parametrize("family", sorted(NOT_PLANNED))
+def test_a_base_whose_way_depends_on_numbers_is_refused(family):
+    with pytest.raises(ModelError, match="cannot be planned for: its code depends on numbers"):
+        seen(makes(family))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "deepseek_v3", "qwen3_next", "opt"]
+)
+def test_a_deep_base_is_rehearsed_by_its_kinds_of_layers(monkeypatch, family, recompute):
+    deep = {} if family in ("gemma3_text", "qwen3_next") else {"num_hidden_layers": 9}
+    short = seen(makes(family, **deep), recompute)
+    monkeypatch.setattr(rehearsing, "shortened", lambda base: None)
+    whole = seen(makes(family, **deep), recompute)
+    assert [(m.module, m.is_fetch, m.is_forward, m.is_repeated) for m in short.marks] == [
+        (m.module, m.is_fetch, m.is_forward, m.is_repeated) for m in whole.marks
+    ]
+    assert [m.flops for m in short.marks] == [m.flops for m in whole.marks]
+    assert short.slots == whole.slots
+    prefix = (
+        8 * SHAPE.prefix_length * sum(slot.width for slot in whole.slots)
+    )  # the table's copies are smaller
+    for mine, theirs in zip(short.marks, whole.marks, strict=True):
+        assert abs(mine.highest.total - theirs.highest.total) <= prefix
+
+
+def test_rows_between_two_numbers_are_in_line():
+    few, some, many = (
+        seen(makes("llama"), shape=replace(SHAPE, rows=rows, targets=8 * rows)) for rows in (1, 3, 5)
+    )
+    found = between(few, many, 0.5)
+    assert found.flops == pytest.approx(some.flops, rel=0.01)
+    for mine, theirs in zip(found.marks, some.marks, strict=True):
+        assert mine.highest.total == pytest.approx(theirs.highest.total, rel=0.05)
+
+
+def test_a_layer_without_a_prefix_above_or_below_changes_what_is_kept():
+    """Nothing is kept of the layers below the lowest prefix."""
+
+    def highest(chosen):
+        found = rehearsed(makes("llama"), ModelKeys(), SHAPE, "cpu", chosen)
+        return max(mark.highest.total for mark in found.marks)
+
+    every, last = highest(lambda slots: slots), highest(lambda slots: slots[-1:])
+    assert last < 0.5 * every
+
+
+RUN = """
+model: {{name: {folder}}}
+prefix: {{length: 20, text: "Sum up:"}}
+data: {{train: nowhere.jsonl, max_length: 512}}
+train: {{global_batch_size: 256, micro_batch_tokens: 4096}}
+"""
+BIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """A run on 70 billion parameters of which there is a config.json and nothing else."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(BIG))
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(folder=folder))
+    return path
+
+
+def told(capsys, *words):
+    app([*map(str, words)], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_a_base_of_which_there_is_only_a_configuration(run_file, capsys):
+    text = told(capsys, "plan", run_file, "--nodes", 4)
+    assert "32 x h100-80gb" in text
+    for term in ("shards", "gathered layers", "activations", "logits", "prefix", "optimizer", "total"):
+        assert re.search(rf"│ {term} +│ +[0-9.]+", text), term
+    assert "limited by" in text
+    assert "tokens/s" in text
+
+
+def test_the_same_for_programs(run_file, capsys):
+    data = json.loads(told(capsys, "plan", run_file, "--nodes", 4, "--json"))
+    plain, other = data["estimates"].values()
+    assert plain["total_bytes"] == sum(plain["memory"].values())
+    assert other["memory"]["activations"] < plain["memory"]["activations"] / 4
+    assert other["flops"] > 1.2 * plain["flops"]
+    assert plain["memory"]["shards"] == pytest.approx(70.55e9 * 2 / 32, rel=0.01)
+    assert plain["flops"] == pytest.approx(
+        4 * 70e9 * 8 * 512, rel=0.1
+    )  # 8 rows: forward, and back to the inputs
+    assert [way["overrides"] for way in data["ways"]][:2] == [[], ["model.recompute=true"]]
+
+
+def test_ways_are_what_a_plan_of_them_says(run_file, capsys):
+    def data_of(*words):
+        return json.loads(told(capsys, "plan", run_file, *words, "--json"))
+
+    way = data_of("--nodes", 4)["ways"][1]
+    assert way["overrides"] == ["model.recompute=true"]
+    there = data_of(*way["overrides"], "--nodes", 4)["estimates"]["as it is"]
+    assert there["total_bytes"] == way["total_bytes"]
+    limit = DEVICES["h100-80gb"].memory_gib * 2**30
+    assert 1 < way["fewest"] <= 8
+    for number, fits in ((way["fewest"], True), (way["fewest"] - 1, False)):
+        there = data_of(*way["overrides"], "--gpus-per-node", number)["estimates"]["as it is"]
+        assert (there["total_bytes"] <= limit) == fits
+
+
+def test_devices_without_work_are_told(run_file, capsys):
+    assert "leave 256 of 512 devices without any" in " ".join(
+        told(capsys, "plan", run_file, "--nodes", 64).split()
+    )
+
+
+def test_a_device_of_ones_own(run_file, capsys):
+    words = ["--memory-gib", 30, "--tflops", 100, "--link-gbps", 100]
+    assert "DOES NOT FIT in 30" in told(capsys, "plan", run_file, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "h100"], "--gpu: h100: expected one of a100-40gb.*did you mean h100-80gb"),
+        (["--memory-gib", "30"], "--tflops and --link-gbps: missing"),
+        (["--gpu", "h100-80gb", "--tflops", "3"], "--gpu: h100-80gb: has its own figures"),
+        (["--nodes", "0"], "--nodes: 0: expected at least 1"),
+        (["--targets", "0"], "--targets: 0.0: expected a part of all tokens"),
+        (["model.name=/nowhere"], "model.name: /nowhere: there is no such folder"),
+        (["prefix.length="], "has no tokenizer that can be loaded"),
+    ],
+)
+def test_mistakes_are_one_line(run_file, words, said):
+    with pytest.raises((ConfigError, ModelError), match=said) as error:
+        app(["plan", str(run_file), *words], standalone_mode=False)
+    assert "\n" not in str(error.value)
+
+
+def test_all_weights_and_new_bases(run_file, tmp_path, capsys):
+    """The baseline needs gradients, float32 weights and moments of all weights, spread over the devices."""
+    data = json.loads(told(capsys, "plan", run_file, "train.method=full", "--nodes", 4, "--json"))
+    memory = data["estimates"]["as it is"]["memory"]
+    assert memory["optimizer"] >= 12 * 70.55e9 / 32
+    assert "prefix" not in memory
+    sizes = {name: BIG[name] for name in ("model_type", "hidden_size", "num_attention_heads", "vocab_size")}
+    config = parse_config(f"model: {{config: {json.dumps(sizes)}}}\ntrain: {{method: pretrain}}")
+    (tmp_path / "new.yaml").write_text(config_text(config))
+    assert "llama: 8 x" in told(capsys, "plan", tmp_path / "new.yaml")
+
+
+def test_packed_rows_are_full_and_others_one_example():
+    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 512}\ntrain: {micro_batch_tokens: 2048}"
+    job = Job(1, 4, example_tokens=100, target_part=0.5)
+    packed = step_of(parse_config(text), job, 8)
+    assert (packed.shape, packed.micro_batches) == (Shape(4, 512, 1024, 8), 1)
+    apart = step_of(parse_config(text, ["data.packing=false"]), job, 8)
+    assert (apart.shape, apart.micro_batches) == (Shape(16, 100, 800, 8), 1)
+    assert packed.tokens == apart.tokens == 6400
+
+
+def test_a_device_is_found_by_its_name():
+    assert device_named(None, None, None, None) is DEVICES["h100-80gb"]
