@@ -13,6 +13,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
 from prefix_ds.errors import ConfigError, ModelError
 from prefix_ds.int8 import quantised
+from prefix_ds.int8.activations import times_rows_in_int8
 from prefix_ds.int8.modules import Int8Linear
 from prefix_ds.int8.product import times_columns, times_rows
 from prefix_ds.loading import load_base
@@ -24,6 +25,7 @@ from tests.ranks import on_ranks
 from tests.tiny_models import tiny
 
 DENSE = ["llama", "gpt2", "gemma2"]
+PAIRS = [(16, None), (8, 6.0)]  # bits, outliers
 EXPERTS = ["qwen3_moe", "deepseek_v3"]
 INTO_RESULTS = ["gemma3n_text", "llama4_text"]  # their code writes into what a layer gives
 REACHED_INTO = ["jamba", "glm_moe_dsa", "longcat_flash"]  # into layers, by others
@@ -119,13 +121,38 @@ def test_as_near_as_bitsandbytes_own_linear():
     theirs = theirs.to("cpu")
     values, scale = quantised(weight)
     ours = Int8Linear(
-        *(torch.nn.Parameter(t, requires_grad=False) for t in (values, scale)), None, by_rows=True
+        *(torch.nn.Parameter(t, requires_grad=False) for t in (values, scale)), None, times_rows
     )
     exact = functional.linear(x, weight)
     error, their_error = ((y - exact).float().norm() / exact.float().norm() for y in (ours(x), theirs(x)))
     assert error < 0.01
     assert error <= their_error * 1.05
     assert (ours(x) - theirs(x)).float().norm() / exact.float().norm() < 0.02
+
+
+@pytest.mark.parametrize("outlier", [None, 40.0])
+def test_with_int8_activations_it_is_bitsandbytes_own_product(outlier):
+    """The same numbers and the same gradient, an outlier apart or none. (Its module takes another way on a
+    CPU, so its function is asked.)"""
+    from bitsandbytes import MatmulLtState
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    weight, x = random(96, 64).bfloat16(), random(2, 16, 64, seed=1).bfloat16()
+    if outlier is not None:
+        x[0, 3, 5] = outlier
+    values, scale = quantised(weight)
+    state = MatmulLtState()
+    state.CB, state.SCB, state.threshold, state.has_fp16_weights = values, scale * 127, 6.0, False
+    mine, others = (x.clone().requires_grad_() for _ in range(2))
+    y, expected = (
+        times_rows_in_int8(6.0)(mine, values, scale),
+        MatMul8bitLt.apply(others, values, None, None, state),
+    )
+    assert torch.equal(y, expected)
+    towards = random(2, 16, 96, seed=2).bfloat16()
+    (grad,) = torch.autograd.grad(y, mine, towards)
+    (their_grad,) = torch.autograd.grad(expected, others, towards)
+    assert (grad - their_grad).float().norm() / their_grad.float().norm() < 0.01
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +163,8 @@ def folders(tmp_path_factory):
     return folder
 
 
-def keys(folder, bits, vocabulary=16, dtype="float32"):
-    return ModelKeys(name=str(folder), bits=bits, vocabulary_bits=vocabulary, dtype=dtype)
+def keys(folder, bits, vocabulary=16, dtype="float32", **more):
+    return ModelKeys(name=str(folder), bits=bits, vocabulary_bits=vocabulary, dtype=dtype, **more)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +234,7 @@ def test_layers_that_are_left_in_16_bits(folders):
         load_base(keys(folders / "llama", 8).model_copy(update={"in_16_bits": ["proj"]}))
 
 
-def answers(folder, families, bits, recompute=False):
+def answers(folder, families, bits, recompute=False, outliers=None):
     """Logits and the gradient to the prefix, and what greedy decoding writes."""
     transformers.logging.disable_progress_bar()
     found = {}
@@ -215,7 +242,8 @@ def answers(folder, families, bits, recompute=False):
         for family in families:
             config = parse_config(
                 f"model: {{name: {folder / family}, dtype: float32, bits: {bits}}}\n"
-                "prefix: {init: random, length: 4}"
+                "prefix: {init: random, length: 4}",
+                [f"model.int8_outliers={outliers or ''}"],
             )
             settings = deepspeed_settings(config, world.size)
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -247,6 +275,19 @@ def test_logits_and_the_gradient_to_the_prefix_are_near_those_of_16_bits(folders
         assert divergence < 5e-3
         assert torch.cosine_similarity(grad.flatten(), expected_grad.flatten(), dim=0) > 0.99
         assert (grad - expected_grad).norm() / expected_grad.norm() < 0.15
+
+
+def test_int8_activations_in_shards(folders):
+    """Near those of 16 bits, if not as near as with the weights alone; 2 ranks are as one."""
+    (exact,), (whole,) = (on_ranks(1, answers, folders, ["llama"], bits, False, o) for bits, o in PAIRS)
+    expected, found = (torch.from_numpy(a["llama"][0]) for a in (exact, whole))
+    divergence = functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert 0 < divergence < 0.02
+    for shards in on_ranks(2, answers, folders, ["llama"], 8, False, 6.0):
+        for mine, theirs in zip(shards["llama"][:2], whole["llama"][:2], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 def test_families_whose_code_does_uncommon_things(folders):
@@ -282,6 +323,10 @@ def test_in_shards_as_whole(folders, recompute):
         (
             "model: {name: x, in_16_bits: [lm_head]}\nprefix: {text: x}",
             "model.in_16_bits: all layers are in 16 bits",
+        ),
+        (
+            "model: {name: x, int8_outliers: 6}\nprefix: {text: x}",
+            "model.int8_outliers: needs model.bits: 8",
         ),
         ("model: {name: x, bits: 4}\nprefix: {text: x}", "model.bits"),
     ],

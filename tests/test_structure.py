@@ -29,7 +29,7 @@ DOORS = {
     "deepspeed": {"engine"},
     "mlflow": {"tracking"},
     "peft": set(),
-    "bitsandbytes": set(),
+    "bitsandbytes": {"int8"},
     "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs", "plan"},
     "datasets": {"data", "logs"},
 }

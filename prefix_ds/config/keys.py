@@ -56,6 +56,11 @@ class ModelKeys(Section):
         16, "the same for embeddings and output layer; 8 needs model.bits: 8"
     )
     in_16_bits: list[str] = key([], "with bits 8: layers left in 16 bits, by the ends of their names")
+    int8_outliers: float | None = key(
+        None,
+        "with bits 8: inputs of linear layers are int8 too, but for columns that reach this (6.0 is usual)",
+        gt=0,
+    )
     recompute: bool = key(
         False, "compute activations again in the backward pass: less memory, more time", free=True
     )
@@ -202,6 +207,8 @@ class RunConfig(Section):
             raise ValueError("model.vocabulary_bits: 8 needs model.bits: 8")
         if self.model.in_16_bits and self.model.bits != 8:
             raise ValueError("model.in_16_bits: all layers are in 16 bits; it goes with model.bits: 8")
+        if self.model.int8_outliers is not None and self.model.bits != 8:
+            raise ValueError("model.int8_outliers: needs model.bits: 8")
         return self
 
     @model_validator(mode="after")

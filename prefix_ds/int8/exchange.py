@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import experts
+from prefix_ds.int8.activations import times_rows_in_int8
 from prefix_ds.int8.modules import Int8Embedding, Int8Linear
+from prefix_ds.int8.product import Product, times_columns, times_rows
 from prefix_ds.int8.quantise import QuantisedRows
 from prefix_ds.promise import Promise
 
@@ -26,11 +28,15 @@ _REACHED_INTO = ("dt_proj", "weights_proj", "router.classifier")  # of Mamba, De
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 
-def stored_in_8_bits(base: Any, vocabulary: bool, left: Sequence[str] = ()) -> None:
+def stored_in_8_bits(
+    base: Any, vocabulary: bool, left: Sequence[str] = (), outliers: float | None = None
+) -> None:
     """Exchanges modules of a transformers base whose parameters are promises, in place.
 
-    Those of which a name in `left` is the end of theirs stay as they are. Raises ModelError.
+    Those of which a name in `left` is the end of theirs stay as they are. With `outliers` the inputs of
+    linear layers are quantised too, but for columns that reach it. Raises ModelError.
     """
+    by_rows = times_rows if outliers is None else times_rows_in_int8(outliers)
     _refuse_unknown(base, left)
     if vocabulary and _kind(base.get_input_embeddings()) != _EMBEDDING:
         raise ModelError(
@@ -42,17 +48,17 @@ def stored_in_8_bits(base: Any, vocabulary: bool, left: Sequence[str] = ()) -> N
     for name, module in list(base.named_modules()):
         if (module in ends and not vocabulary) or _ends_with(name, (*_REACHED_INTO, *left)):
             continue
-        if new := _exchanged(module, pairs, module in ends):
+        if new := _exchanged(module, pairs, module in ends, by_rows):
             base.set_submodule(name, new)
         for stack in experts.stacks_of(module):
             _store_stack(module, stack, pairs)
 
 
-def _exchanged(module: Any, pairs: dict[Tensor, Pair], is_end: bool) -> nn.Module | None:
+def _exchanged(module: Any, pairs: dict[Tensor, Pair], is_end: bool, by_rows: Product) -> nn.Module | None:
     kind = _kind(module)
     if kind in (_LINEAR, _CONV1D):
         values, scales = _pair(module.weight, pairs)
-        return Int8Linear(values, scales, module.bias, by_rows=kind == _LINEAR)
+        return Int8Linear(values, scales, module.bias, by_rows if kind == _LINEAR else times_columns)
     if is_end and kind == _EMBEDDING:
         return Int8Embedding(*_pair(module.weight, pairs), like=module.weight)
     return None

@@ -5,15 +5,11 @@ Each has its weight as `weight` (int8) and `scale` (float32, one a row), both fr
 Knows nothing of a model's structure.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 from torch.nn import functional
 
 from prefix_ds.int8.misuse import scales_known
-from prefix_ds.int8.product import times_columns, times_rows
-
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+from prefix_ds.int8.product import Product
 
 
 class Int8Linear(nn.Module):
@@ -23,11 +19,11 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(
-        self, weight: nn.Parameter, scale: nn.Parameter, bias: nn.Parameter | None, by_rows: bool
+        self, weight: nn.Parameter, scale: nn.Parameter, bias: nn.Parameter | None, product: Product
     ) -> None:
         super().__init__()
         self.weight, self.scale, self.bias = weight, scale, bias
-        self.product: Product = times_rows if by_rows else times_columns
+        self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""

@@ -15,7 +15,7 @@ Rejected: casting and scaling the weight (rounds it again, and touches more numb
 Knows nothing of modules.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from prefix_ds.int8.misuse import scales_known
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an input, a weight and its scales
 
 _TILE_NUMBERS = {"cpu": 2**21, "cuda": 2**26}  # of the weight, cast at once
 
@@ -56,15 +58,16 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.index, ctx.by_rows = index, by_rows
-        return _product(x, weight, scale, index, by_rows)
+        return product_of(x, weight, scale, index, by_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, scale = ctx.saved_tensors
-        return _product(grads[0], weight, scale, ctx.index, not ctx.by_rows), None, None, None, None
+        return product_of(grads[0], weight, scale, ctx.index, not ctx.by_rows), None, None, None, None
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool) -> Tensor:
+def product_of(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool) -> Tensor:
+    """The product alone, without a gradient: `times_rows` or `times_columns`."""
     with scales_known():
         matrix_RK, scale_R = (weight, scale) if index is None else (weight[index], scale[index])
         result = x.new_empty(*x.shape[:-1], len(matrix_RK) if by_rows else matrix_RK.shape[1])

@@ -52,7 +52,7 @@ def load_base(keys: ModelKeys) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, kept(buffer))
     if keys.bits == 8:
-        stored_in_8_bits(base, keys.vocabulary_bits == 8, keys.in_16_bits)
+        stored_in_8_bits(base, keys.vocabulary_bits == 8, keys.in_16_bits, keys.int8_outliers)
     return base
 
 

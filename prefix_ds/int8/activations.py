@@ -1,0 +1,50 @@
+"""Products of int8 with int8: the input is quantised too, row by row (bitsandbytes' LLM.int8(), Dettmers et
+al. 2022).
+
+Columns of the input that hold a value of at least a threshold (outliers) would coarsen the steps of all
+others in their row; they are multiplied apart, in the input's own type. The gradient is that of the weight
+alone, as bitsandbytes has it. Its state, which keeps a full int8 weight on every rank, is not used: only its
+kernels are.
+
+Knows nothing of modules.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_ds.int8.misuse import scales_known
+from prefix_ds.int8.product import Product, product_of
+
+
+def times_rows_in_int8(threshold: float) -> Product:
+    """x [..., K] times the transposed weight [R, K], both as int8: [..., R].
+
+    Outliers start at `threshold`.
+    """
+    import bitsandbytes  # noqa: F401 - it registers its kernels; a slow import, paid where it is asked for
+
+    return partial(_times, threshold=threshold)
+
+
+def _times(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    product: Tensor = _Int8Product.apply(x, weight, scale, threshold)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        kernels, flat = torch.ops.bitsandbytes, x.reshape(-1, x.shape[-1])
+        with scales_known():
+            rows, largest, outliers = kernels.int8_vectorwise_quant(flat.contiguous(), threshold)
+            y, _ = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)
+        return torch.Tensor.view(y, *x.shape[:-1], len(scale))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return product_of(grads[0], weight, scale, None, by_rows=False), None, None, None
