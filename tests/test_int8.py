@@ -12,10 +12,10 @@ from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
 from prefix_ds.errors import ConfigError, ModelError
-from prefix_ds.int8 import quantised
+from prefix_ds.int8 import product, quantised
 from prefix_ds.int8.activations import times_rows_in_int8
 from prefix_ds.int8.modules import Int8Linear
-from prefix_ds.int8.product import times_columns, times_rows
+from prefix_ds.int8.product import product_of, times_columns, times_rows
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import random_table
@@ -111,6 +111,22 @@ def test_only_the_parameters_themselves_are_saved():
     assert saved[1] is scale
 
 
+def test_a_layer_that_is_computed_again_leaves_its_last_product_out(monkeypatch):
+    """All that it saves is there before; autograd's own products are left out too."""
+    values, scale = quantised(random(8, 8))
+    made = []
+    monkeypatch.setattr(product, "product_of", lambda *words: made.append(None) or product_of(*words))
+
+    def layer(x):
+        return times_rows(times_rows(x, values, scale).tanh(), values, scale)
+
+    x = random(2, 8).requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert len(made) == 2
+    y.sum().backward()
+    assert len(made) == 2 + 1 + 2
+
+
 def test_as_near_as_bitsandbytes_own_linear():
     """Both approximate the weight they were made of; bitsandbytes also quantises its input."""
     import bitsandbytes
@@ -149,6 +165,7 @@ def test_with_int8_activations_it_is_bitsandbytes_own_product(outlier):
         MatMul8bitLt.apply(others, values, None, None, state),
     )
     assert torch.equal(y, expected)
+    assert not y._is_view()
     towards = random(2, 16, 96, seed=2).bfloat16()
     (grad,) = torch.autograd.grad(y, mine, towards)
     (their_grad,) = torch.autograd.grad(expected, others, towards)

@@ -10,13 +10,12 @@ Knows nothing of modules.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefix_ds.int8.misuse import scales_known
-from prefix_ds.int8.product import Product, product_of
+from prefix_ds.int8.product import Product, differentiable
 
 
 def times_rows_in_int8(threshold: float) -> Product:
@@ -30,21 +29,13 @@ def times_rows_in_int8(threshold: float) -> Product:
 
 
 def _times(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    product: Tensor = _Int8Product.apply(x, weight, scale, threshold)  # type: ignore[no-untyped-call]
-    return product
+    return differentiable(x, weight, scale, None, True, lambda: _product(x, weight, scale, threshold))
 
 
-class _Int8Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        kernels, flat = torch.ops.bitsandbytes, x.reshape(-1, x.shape[-1])
-        with scales_known():
-            rows, largest, outliers = kernels.int8_vectorwise_quant(flat.contiguous(), threshold)
-            y, _ = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)
-        return torch.Tensor.view(y, *x.shape[:-1], len(scale))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        return product_of(grads[0], weight, scale, None, by_rows=False), None, None, None
+def _product(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    kernels, flat = torch.ops.bitsandbytes, x.detach().reshape(-1, x.shape[-1])
+    with scales_known():
+        rows, largest, outliers = kernels.int8_vectorwise_quant(flat.contiguous(), threshold)
+        y: Tensor = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)[0]
+    shape = [*x.shape[:-1], len(scale)]
+    return torch.ops.aten._unsafe_view(y, shape)  # not a view: layers write into what they get

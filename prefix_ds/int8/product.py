@@ -41,29 +41,60 @@ def tiles_as_on(device_type: str) -> Iterator[None]:
 
 def times_rows(x: Tensor, weight: Tensor, scale: Tensor, index: int | None = None) -> Tensor:
     """x [..., K] times the transposed weight [R, K]: [..., R]. `index` picks a matrix of a stack."""
-    product: Tensor = _Product.apply(x, weight, scale, index, True)  # type: ignore[no-untyped-call]
-    return product
+    return differentiable(x, weight, scale, index, True, lambda: product_of(x, weight, scale, index, True))
 
 
 def times_columns(x: Tensor, weight: Tensor, scale: Tensor, index: int | None = None) -> Tensor:
     """x [..., R] times the weight [R, K]: [..., K]. `index` picks a matrix of a stack."""
-    product: Tensor = _Product.apply(x, weight, scale, index, False)  # type: ignore[no-untyped-call]
-    return product
+    return differentiable(x, weight, scale, index, False, lambda: product_of(x, weight, scale, index, False))
 
 
-class _Product(torch.autograd.Function):
+def differentiable(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    index: int | None,
+    by_rows: bool,
+    computed: Callable[[], Tensor],
+) -> Tensor:
+    """What `computed` gives for a product, with the gradient that the weight gives.
+
+    A function of autograd saves its tensors once it has run. Here they are saved before anything is
+    computed: a layer that is computed again stops when all it saves is there, so its last product is left
+    out.
+    """
+    place: Tensor = _Place.apply(x, weight, scale, index, by_rows)  # type: ignore[no-untyped-call]
+    filled: Tensor = _Filled.apply(place, computed)  # type: ignore[no-untyped-call]
+    return filled
+
+
+class _Place(torch.autograd.Function):
+    """A tensor of the product's shape, and of no memory, that knows its gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.index, ctx.by_rows = index, by_rows
-        return product_of(x, weight, scale, index, by_rows)
+        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[-2 if by_rows else -1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, scale = ctx.saved_tensors
         return product_of(grads[0], weight, scale, ctx.index, not ctx.by_rows), None, None, None, None
+
+
+class _Filled(torch.autograd.Function):
+    """The numbers in their place."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, computed: Callable[[], Tensor]) -> Tensor:
+        return computed()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def product_of(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_rows: bool) -> Tensor:
