@@ -36,6 +36,7 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tens
     kernels, flat = torch.ops.bitsandbytes, x.detach().reshape(-1, x.shape[-1])
     with scales_known():
         rows, largest, outliers = kernels.int8_vectorwise_quant(flat.contiguous(), threshold)
-        y: Tensor = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)[0]
+        y = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)[0]
     shape = [*x.shape[:-1], len(scale)]
-    return torch.ops.aten._unsafe_view(y, shape)  # not a view: layers write into what they get
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)  # not a view: layers write into what they get
+    return shaped
