@@ -21,7 +21,7 @@ from prefix_ds.plan.base import bare_base, prefix_length
 from prefix_ds.plan.devices import Device, device_named
 from prefix_ds.plan.estimate import Estimate, Job, check_job, estimate, step_of
 from prefix_ds.plan.rehearsal import Rehearsal, Shape, between, rehearsed
-from prefix_ds.plan.report import as_data, show
+from prefix_ds.plan.report import Plan, as_data, show
 from prefix_ds.prefix import Slot
 
 __all__ = ["Device", "Job", "device_named", "estimator", "plan"]
@@ -37,7 +37,7 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
         "as it is": estimated(config, job),
         other[0]: estimated(changed(config, other), job),
     }
-    parts = (
+    made = Plan(
         config,
         job,
         device,
@@ -47,9 +47,9 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
         list(warnings(config, job, device, columns["as it is"])),
     )
     if as_json:
-        console.print_json(data=as_data(*parts))
+        console.print_json(data=as_data(made))
     else:
-        show(console, *parts)
+        show(console, made)
 
 
 def estimator(device: Device, length: int) -> Callable[[RunConfig, Job], Estimate]:

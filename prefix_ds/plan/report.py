@@ -3,7 +3,7 @@
 Knows nothing of how it was made.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -17,28 +17,33 @@ from prefix_ds.plan.estimate import COMPUTE_PART, LINK_PART, Estimate, Job, Step
 _AS_IS = "as it is"
 
 
-def show(
-    console: Console,
-    config: RunConfig,
-    job: Job,
-    device: Device,
-    step: Step,
-    columns: dict[str, Estimate],
-    found_ways: list[Way],
-    notes: list[str],
-) -> None:
-    """The tables. `columns`: the run as it is first, then with what differs."""
-    shape, name = step.shape, config.model.name or config.model.config.get("model_type")
+@dataclass(frozen=True)
+class Plan:
+    """All that is said of a run."""
+
+    config: RunConfig
+    job: Job
+    device: Device
+    step: Step
+    columns: dict[str, Estimate]  # the run as it is first, then with what differs
+    ways: list[Way]
+    notes: list[str]
+
+
+def show(console: Console, plan: Plan) -> None:
+    """The tables."""
+    shape, job, device = plan.step.shape, plan.job, plan.device
+    name = plan.config.model.name or plan.config.model.config.get("model_type")
     console.print(
-        f"{name}: {job.num_devices:,} x {device.name} ({job.nodes:,} nodes of "
-        f"{job.devices_per_node}), {step.micro_batches} micro-batches a step, each of "
-        f"{shape.rows} rows of {shape.length:,} tokens behind {shape.prefix_length} prefix positions",
+        f"{name}: {job.num_devices:,} x {device.name} ({job.nodes:,} nodes of {job.devices_per_node}), "
+        f"{plan.step.micro_batches} micro-batches a step, each of {shape.rows} rows of {shape.length:,} tokens "
+        f"behind {shape.prefix_length} prefix positions",
         soft_wrap=True,
     )
-    console.print(_memory(columns, device))
-    console.print(_time(columns))
-    console.print(_ways(found_ways, device))
-    for note in notes:
+    console.print(_memory(plan.columns, device))
+    console.print(_time(plan.columns))
+    console.print(_ways(plan.ways, device))
+    for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(
         f"Assumed: examples of {job.example_tokens:,} tokens, {job.target_part:.0%} of them targets; "
@@ -103,27 +108,19 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f}"
 
 
-def as_data(
-    config: RunConfig,
-    job: Job,
-    device: Device,
-    step: Step,
-    columns: dict[str, Estimate],
-    found_ways: list[Way],
-    notes: list[str],
-) -> dict[str, Any]:
+def as_data(plan: Plan) -> dict[str, Any]:
     """The same as plain values; bytes, seconds and numbers."""
     derived = ("total_bytes", "step_seconds", "limit")
     return {
-        "model": config.model.name,
-        "job": asdict(job),
-        "device": asdict(device),
-        "step": asdict(step),
+        "model": plan.config.model.name,
+        "job": asdict(plan.job),
+        "device": asdict(plan.device),
+        "step": asdict(plan.step),
         "assumed": {"compute_part": COMPUTE_PART, "link_part": LINK_PART},
         "estimates": {
             name: asdict(estimate) | {field: getattr(estimate, field) for field in derived}
-            for name, estimate in columns.items()
+            for name, estimate in plan.columns.items()
         },
-        "ways": [asdict(way) for way in found_ways],
-        "notes": notes,
+        "ways": [asdict(way) for way in plan.ways],
+        "notes": plan.notes,
     }
