@@ -36,8 +36,8 @@ def show(console: Console, plan: Plan) -> None:
     name = plan.config.model.name or plan.config.model.config.get("model_type")
     console.print(
         f"{name}: {job.num_devices:,} x {device.name} ({job.nodes:,} nodes of {job.devices_per_node}), "
-        f"{plan.step.micro_batches} micro-batches a step, each of {shape.rows} rows of {shape.length:,} tokens "
-        f"behind {shape.prefix_length} prefix positions",
+        f"{plan.step.micro_batches} micro-batches a step, each of {shape.rows} rows of {shape.length:,} "
+        f"tokens behind {shape.prefix_length} prefix positions",
         soft_wrap=True,
     )
     console.print(_memory(plan.columns, device))
