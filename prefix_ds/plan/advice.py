@@ -87,6 +87,8 @@ def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> It
             f"train.global_batch_size: {config.train.global_batch_size} examples a step leave {idle:,} of "
             f"{job.num_devices:,} devices without any: use fewer devices, or raise it"
         )
+    if config.engine.nvme_folder:
+        yield "how fast the disks are is not in this plan, and they may be slower than all the rest"
     room = found.seconds["arithmetic"]
     if found.step_seconds > 1.5 * room and not idle > 0:
         yield (

@@ -64,7 +64,7 @@ class Estimate:
     """One device in one step."""
 
     memory: Mapping[str, int]  # bytes at the peak, term by term
-    host_bytes: int  # of its shards that lie in the memory of the host
+    host_bytes: int  # of its shards that lie on the host, in memory or on a disk
     traffic: Traffic
     flops: int
     seconds: Mapping[str, float]  # by what would take them

@@ -152,7 +152,7 @@ class _Coordinator:
         call = _Call(set(parameters), flat)
         self._grow(total)
         self.num_bytes += total
-        self.num_calls += 1
+        self.num_calls += len({self.weights[p].itemsize for p in parameters})  # a call a type
         for parameter in parameters:
             self.calls[parameter] = call
             self.state[parameter] = _State.COMING

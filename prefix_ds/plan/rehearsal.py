@@ -86,12 +86,11 @@ def rehearsed(
     """
     base = make()
     number = {weight: n for n, weight in enumerate(_in_order(base))}
-    modules = dict(base.named_modules())
     whole = {
         "weights": tuple(Weights(w.numel(), w.element_size()) for w in number),
         "held": {
-            name: tuple(number[w] for w in module.parameters(recurse=False))
-            for name, module in modules.items()
+            name: tuple(number[w] for w in module.parameters(recurse=_is_one(module)))
+            for name, module in _hooked(base)
         },
         "buffer_bytes": sum(b.numel() * b.element_size() for b in base.buffers()),
     }
@@ -197,13 +196,31 @@ def _batch(shape: Shape) -> Batch:
 _What = tuple[str, bool, bool, bool]  # the first fields of a Mark
 
 
+# Mixtures of experts that DeepSpeed takes as one module, with all below (its DEFAULT_LEAF_MODULE_CLASSES).
+LEAVES = {
+    f"transformers.models.{family}.modeling_{family}.{name}SparseMoeBlock"
+    for family, name in (("mixtral", "Mixtral"), ("qwen2_moe", "Qwen2Moe"), ("qwen3_moe", "Qwen3Moe"))
+}
+
+
+def _is_one(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__name__}" in LEAVES
+
+
+def _hooked(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that DeepSpeed looks at, by name."""
+    yield name, module
+    for child, below in () if _is_one(module) else module.named_children():
+        yield from _hooked(below, f"{name}.{child}" if name else child)
+
+
 class _Notes:
     """Hooks on every module, in DeepSpeed's order, and what they have seen."""
 
     def __init__(self, base: nn.Module, meter: Meter) -> None:
         self._meter = meter
         self._seen: list[tuple[_What, Alive, Alive, int]] = []
-        for name, module in base.named_modules():
+        for name, module in _hooked(base):
             _hook(module, name, self._mark)
 
     def _mark(self, module: str, is_fetch: bool, is_forward: bool) -> None:

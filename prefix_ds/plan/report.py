@@ -64,7 +64,7 @@ def _memory(columns: dict[str, Estimate], device: Device) -> Table:
     table.add_section()
     table.add_row("total", *(_verdict(estimate.total_bytes, device) for estimate in columns.values()))
     if any(estimate.host_bytes for estimate in columns.values()):
-        table.add_row("shards in the host's memory", *(_gib(e.host_bytes) for e in columns.values()))
+        table.add_row("shards on the host", *(_gib(e.host_bytes) for e in columns.values()))
     return table
 
 
