@@ -41,7 +41,7 @@ class Case:
     ranks: int = 2
     words: tuple[str, ...] = ()
     rows: int = 4
-    length: int = 256
+    length: int = 128
     prefix: int = 16
     zero: tuple[tuple[str, int], ...] = tuple(ZERO.items())
 
@@ -203,8 +203,8 @@ CASES = [
     Case("llama", ranks=4),
     Case("llama", ranks=4, words=("model.bits=8", "model.recompute=true")),
     Case("llama", zero=()),
-    Case("llama", rows=1, length=2048, words=("model.recompute=true",)),
-    Case("llama", rows=16, length=64, prefix=256),
+    Case("llama", rows=1, length=1024, words=("model.recompute=true",)),
+    Case("llama", rows=8, length=64, prefix=256),
     Case("llama", words=("model.dtype=float32",)),
     Case("gpt2"),
     Case("gpt2", words=("model.bits=8",)),
