@@ -6,7 +6,7 @@ Pretrains a Llama of 5.8 M parameters on the training texts of ../shared/data (n
 files), then tunes on E2E's training file at equal steps: a prefix and all weights, each with the learning
 rates below. The best rate of each, by validation, is run with two more seeds. Prints validation loss in nats
 a target token: bare base, instruction only, prefix, full fine-tuning, and the share of full fine-tuning's
-gain that the prefix reaches, seed by seed. Started again it goes on; about two hours on two cores, on which
+gain that the prefix reaches, seed by seed. Started again it goes on; some 70 minutes on two cores, on which
 two tuning runs go at a time.
 """
 
