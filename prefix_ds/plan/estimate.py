@@ -101,7 +101,7 @@ def step_of(config: RunConfig, job: Job, prefix_length: int) -> Step:
     return Step(shape, -(-rows // at_once), train.global_batch_size * tokens, most)
 
 
-def policy_of(settings: Mapping[str, Any]) -> Policy:
+def policy_of(settings: Mapping[str, Any], device: Device) -> Policy:
     """DeepSpeed's resolved settings, with its defaults where they say nothing."""
     zero = settings["zero_optimization"]
     return Policy(
@@ -109,6 +109,7 @@ def policy_of(settings: Mapping[str, Any]) -> Policy:
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
         max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", 1e9)),
+        is_staged=device.kind == "cpu",
     )
 
 
@@ -118,7 +119,7 @@ def estimate(
     """One device in one step."""
     is_full, num_ranks, count = config.train.method != "prefix", job.num_devices, step.micro_batches
     offload = (settings["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
-    policy = policy_of(settings)
+    policy = policy_of(settings, device)
     gathered = _gathered(seen, policy, is_full) if num_ranks > 1 or offload else _nothing(seen)
     on_device, on_host = _resident(seen, policy, num_ranks, offload)
     memory = {"shards": on_device, **_at_the_peak(seen, gathered)}

@@ -26,6 +26,7 @@ class Policy:
     prefetch_bucket: int
     max_live: int
     max_reuse_distance: int
+    is_staged: bool  # gloo receives into a buffer of its own, and copies
 
     def persists(self, weights: Weights) -> bool:
         """Whether a parameter, once gathered, stays whole on every rank."""
@@ -151,6 +152,7 @@ class _Coordinator:
         flat = total if len(parameters) > 1 else 0
         call = _Call(set(parameters), flat)
         self._grow(total)
+        self.most = max(self.most, self.now + total * self.policy.is_staged)
         self.num_bytes += total
         self.num_calls += len({self.weights[p].itemsize for p in parameters})  # a call a type
         for parameter in parameters:
