@@ -104,7 +104,7 @@ def estimate_of(case, folder):
     ids=lambda case: case.name,
 )
 def test_memory_is_near_the_plan(bases, case):
-    (terms, gathered), (peak, found) = planned(case, bases), measured(case, bases)
+    (terms, gathered), (peak, found, _) = planned(case, bases), measured(case, bases)
     told = ", ".join(f"{name} {size / MIB:.0f}" for name, size in terms.items())
     assert sum(terms.values()) == pytest.approx(peak, rel=0.1), told
     assert gathered == pytest.approx(found, rel=0.03)

@@ -22,6 +22,7 @@ from prefix_ds.plan.rehearsal import Rehearsal, Shape, Weights
 # libraries take. Assumptions, printed with every plan.
 COMPUTE_PART, LINK_PART, RESERVED_BYTES = 0.6, 0.8, 2 * 2**30
 _FLOAT = 4  # bytes
+_UPDATE = 2  # numbers that AdamW has in hand for each it updates
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,10 @@ def estimate(
     policy = policy_of(settings, device)
     gathered = _gathered(seen, policy, is_full) if num_ranks > 1 or offload else _nothing(seen)
     on_device, on_host = _resident(seen, policy, num_ranks, offload)
-    memory = {"shards": on_device, **_at_the_peak(seen, gathered)}
-    memory |= _of_all_weights(seen, num_ranks, settings) if is_full else _of_a_prefix(seen, step, config)
+    kept, update = _of_all_weights(seen, num_ranks, settings) if is_full else _of_a_prefix(seen, step, config)
+    passes = _at_the_peak(seen, gathered)
+    most = passes if sum(passes.values()) > update else dict.fromkeys(passes, 0) | {"update": update}
+    memory = {"shards": on_device, **most, **kept}
     if device.kind != "cpu":
         memory["driver and libraries"] = RESERVED_BYTES
     others = (num_ranks - 1) / num_ranks
@@ -184,28 +187,30 @@ def _at_the_peak(seen: Rehearsal, gathered: Gathering) -> dict[str, int]:
     return {"gathered layers": held, "activations": mark.highest.total - logits, "logits": logits}
 
 
-def _of_a_prefix(seen: Rehearsal, step: Step, config: RunConfig) -> dict[str, int]:
-    length, width, inner = (
-        step.shape.prefix_length,
-        sum(s.width for s in seen.slots),
-        config.prefix.reparam_dim,
-    )
+def _of_a_prefix(seen: Rehearsal, step: Step, config: RunConfig) -> tuple[dict[str, int], int]:
+    """What is kept, and what an update takes beside: all in float32, on every rank."""
+    width, inner = sum(s.width for s in seen.slots), config.prefix.reparam_dim
+    length = step.shape.prefix_length
     table = length * width
     mlp = length * inner + inner * inner + inner + inner * width + width
     trained = mlp if inner else table
-    kept = table + mlp if inner else table  # the origin too
-    return {"prefix": (kept + trained) * _FLOAT, "optimizer": 2 * trained * _FLOAT}
+    numbers = table + mlp if inner else table  # the MLP is added to a constant
+    kept = {"prefix": (numbers + trained) * _FLOAT, "optimizer": 2 * trained * _FLOAT}
+    return kept, _UPDATE * trained * _FLOAT
 
 
-def _of_all_weights(seen: Rehearsal, num_ranks: int, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Gradients in the weights' type and their buffer; float32 weights and two moments, and a gradient a
-    group."""
+def _of_all_weights(
+    seen: Rehearsal, num_ranks: int, settings: Mapping[str, Any]
+) -> tuple[dict[str, int], int]:
+    """What is kept: gradients in the weights' type and a bucket; float32 weights and two moments. An update
+    takes, of a group of weights at a time, a gradient in float32 beside what AdamW needs."""
     zero = settings["zero_optimization"]
     mine = sum(_shard_bytes(w, num_ranks) // w.itemsize for w in seen.weights)
     itemsize = max(w.itemsize for w in seen.weights)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * itemsize
     group = min(mine, int(zero.get("sub_group_size", 1e9)))
-    return {"gradients": mine * itemsize + bucket, "optimizer": 3 * mine * _FLOAT + group * _FLOAT}
+    kept = {"gradients": mine * itemsize + bucket, "optimizer": 3 * mine * _FLOAT}
+    return kept, (1 + _UPDATE) * group * _FLOAT
 
 
 def _reduced_bytes(seen: Rehearsal, step: Step, is_full: bool) -> int:

@@ -95,6 +95,8 @@ class _Coordinator:
             self.most = self.now
             (self._fetch if mark.is_fetch else self._release)(mark)
             held.append(self.most)
+        if self.is_trained:  # DeepSpeed's optimizer lets go of what no backward pass did
+            self._let_go_of_the_rest()
         return Gathering(tuple(held), self.num_bytes, self.num_calls)
 
     def _reset(self) -> None:
@@ -183,6 +185,13 @@ class _Coordinator:
             self.users[parameter].discard(mark.module)
             if parameter in going:
                 self._let_go(parameter)
+
+    def _let_go_of_the_rest(self) -> None:
+        for module, repeated in self.backward.items():
+            for parameter in {*self.held[module], *repeated}:
+                self.users[parameter].discard(module)
+                if not self.policy.persists(self.weights[parameter]):
+                    self._let_go(parameter)
 
     def _going(self, module: str) -> frozenset[int]:
         """What a module lets go here: all that nobody has counted on for later, as found the first time."""

@@ -21,14 +21,22 @@ def main():
     part = sys.argv[1] if len(sys.argv) > 1 else ""
     cases = [case for case in CASES if part in case.name]
     table = Table(
-        "run", "MiB planned", "measured", "ratio", "MiB gathered, planned", "measured", "ratio", "terms"
+        "run",
+        "MiB planned",
+        "measured",
+        "ratio",
+        "MiB gathered, planned",
+        "measured",
+        "ratio",
+        "kept by oneDNN",
+        "terms",
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for family in dict.fromkeys(case.family for case in cases):
             made_base(folder, family)
         for case in cases:
-            (terms, gathers), (peak, found) = planned(case, folder), measured(case, folder)
+            (terms, gathers), (peak, found, kept) = planned(case, folder), measured(case, folder)
             total = sum(terms.values())
             row = [
                 total / MIB,
@@ -37,6 +45,7 @@ def main():
                 gathers / MIB,
                 found / MIB,
                 gathers / found if found else 1,
+                kept / MIB,
             ]
             told = ", ".join(f"{name} {size / MIB:.0f}" for name, size in terms.items())
             print(case.name, " ".join(f"{number:.3f}" for number in row), told, flush=True)
