@@ -100,6 +100,25 @@ def test_no_layer_is_ever_cast_whole():
     assert max(seen) <= values.numel() / 4
 
 
+def test_results_are_scaled_in_pieces():
+    """A product with float32 scales is in float32: of the logits of a vocabulary, that is never whole."""
+    values, scale = quantised(random(65536, 64))
+    x = random(512, 64).bfloat16().requires_grad_()
+    wide = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                wide.append(result.numel())
+            return result
+
+    with Watch():
+        y = times_rows(x, values, scale)
+        torch.autograd.backward(y, torch.ones_like(y))
+    assert max(wide) <= y.numel() / 4
+
+
 def test_only_the_parameters_themselves_are_saved():
     values = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     scale = torch.nn.Parameter(torch.ones(4), requires_grad=False)

@@ -109,12 +109,13 @@ def product_of(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_r
 
 def _by_rows(x_MK: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MR: Tensor) -> None:
     for tile in _tiles(len(matrix_RK), matrix_RK.shape[1], x_MK.device):
-        result_MR[:, tile] = x_MK @ matrix_RK[tile].to(x_MK.dtype).t()
-    result_MR.mul_(scale_R)
+        result_MR[:, tile] = (x_MK @ matrix_RK[tile].to(x_MK.dtype).t()).mul_(scale_R[tile])
 
 
 def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MK: Tensor) -> None:
-    scaled_MR = (x_MR * scale_R).to(x_MR.dtype)
+    scaled_MR = torch.empty_like(x_MR)
+    for rows in _tiles(len(x_MR), x_MR.shape[1], x_MR.device):  # their product with the scales is in float32
+        scaled_MR[rows] = x_MR[rows] * scale_R
     for tile in _tiles(matrix_RK.shape[1], len(matrix_RK), x_MR.device):
         result_MK[:, tile] = scaled_MR @ matrix_RK[:, tile].to(x_MR.dtype)
 
