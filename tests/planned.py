@@ -6,6 +6,7 @@ Both are asked of one run file, a base in a folder, in real processes.
 
 import json
 import logging
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +21,6 @@ from prefix_ds.engine.full_engine import FullEngine
 from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded, sharded_with_optimizer
-from prefix_ds.files import write_text_atomically
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
 from prefix_ds.optim import adamw
@@ -94,8 +94,8 @@ def made_base(folder, family):
 def config_of(case, folder):
     """The run, as its file would say."""
     zero = {"stage": 3, "stage3_max_reuse_distance": 0, "reduce_bucket_size": 5_000_000} | dict(case.zero)
-    file = folder / f"zero{abs(hash(case.zero))}.json"
-    write_text_atomically(file, json.dumps({"zero_optimization": zero}))  # every rank does
+    file = folder / f"zero{abs(hash(case.zero))}-{os.getpid()}.json"  # every rank writes its own
+    file.write_text(json.dumps({"zero_optimization": zero}))
     text = (
         f"model: {{name: {folder / case.family}}}\nprefix: {{init: random, length: {case.prefix}}}\n"
         f"data: {{max_length: {case.length}}}\nengine: {{deepspeed: {file}}}\n"
