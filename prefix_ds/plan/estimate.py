@@ -136,16 +136,19 @@ def estimate(
         copied_bytes=gathered.num_bytes // num_ranks * count if offload else 0,
         calls=gathered.num_calls * count,
     )
-    flops = seen.flops * count
-    cast_seconds = _cast_seconds(seen, device) * count
-    seconds = {
-        "arithmetic": flops / (device.tflops * 1e12 * COMPUTE_PART) + cast_seconds,
-        "network" if job.nodes > 1 else "links of the node": _seconds(
-            traffic.received_bytes, _rate(job, device)
-        ),
+    flops, seconds = seen.flops * count, _times(seen, count, traffic, job, device)
+    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens)
+
+
+def _times(seen: Rehearsal, count: int, traffic: Traffic, job: Job, device: Device) -> dict[str, float]:
+    """Seconds of a step of `count` micro-batches, by what takes them."""
+    products = seen.flops / (device.tflops * 1e12 * COMPUTE_PART)
+    between = "network" if job.nodes > 1 else "links of the node"
+    return {
+        "arithmetic": (products + _cast_seconds(seen, device)) * count,
+        between: _seconds(traffic.received_bytes, _rate(job, device)),
         "link to the host": _seconds(traffic.copied_bytes, device.host_gbs),
     }
-    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens)
 
 
 def _seconds(num_bytes: int, rate_gbs: float) -> float:
