@@ -9,14 +9,14 @@ Knows nothing of what marks are for.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
 from torch import nn
 
 from prefix_ds.model.recompute import repeatable_layers
-from prefix_ds.plan.marks import Alive, Mark
+from prefix_ds.plan.marks import Mark
 
 _FEW = 3  # layers that are not worth the trouble
 
@@ -119,7 +119,4 @@ def _around(runs: list[tuple[int | None, list[Mark]]], num_kept: int) -> Iterato
 
 
 def _moved(mark: Mark, module: str, more: int) -> Mark:
-    def raised(alive: Alive) -> Alive:
-        return replace(alive, total=alive.total + more)
-
-    return replace(mark, module=module, before=raised(mark.before), highest=raised(mark.highest))
+    return mark.moved(module, mark.before.raised(more), mark.highest.raised(more), mark.flops)

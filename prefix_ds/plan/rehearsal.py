@@ -116,11 +116,11 @@ def between(few: Rehearsal, many: Rehearsal, part: float) -> Rehearsal:
         return Alive(mixed(one.total, other.total), mixed(one.logits, other.logits))
 
     marks = (
-        replace(
-            one,
-            before=alive(one.before, other.before),
-            highest=alive(one.highest, other.highest),
-            flops=mixed(one.flops, other.flops),
+        one.moved(
+            one.module,
+            alive(one.before, other.before),
+            alive(one.highest, other.highest),
+            mixed(one.flops, other.flops),
         )
         for one, other in zip(few.marks, many.marks, strict=True)
     )
