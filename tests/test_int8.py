@@ -199,8 +199,8 @@ def folders(tmp_path_factory):
     return folder
 
 
-def keys(folder, bits, vocabulary=16, dtype="float32", **more):
-    return ModelKeys(name=str(folder), bits=bits, vocabulary_bits=vocabulary, dtype=dtype, **more)
+def keys(folder, bits, vocabulary=16, dtype="float32"):
+    return ModelKeys(name=str(folder), bits=bits, vocabulary_bits=vocabulary, dtype=dtype)
 
 
 @pytest.mark.parametrize(
