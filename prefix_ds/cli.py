@@ -5,7 +5,10 @@ one line and exit code 2, a request to stop in 75 (see `errors`). Knows nothing 
 """
 
 import errno
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -105,13 +108,15 @@ def plan(
     from rich.console import Console
 
     from prefix_ds.config import read_config
-    from prefix_ds.plan import Job, device_named
-    from prefix_ds.plan import plan as tell
 
     config = read_config(run_file, overrides or [])
-    job = Job(nodes, gpus_per_node, example_tokens or config.data.max_length, targets)
-    device = device_named(gpu, memory_gib, tflops, link_gbps)
-    tell(config, job, device, Console(), as_json=as_json)
+    tokens = config.data.max_length if example_tokens is None else example_tokens
+    with _garbage_kept():
+        from prefix_ds.plan import Job, device_named
+        from prefix_ds.plan import plan as tell
+
+        device = device_named(gpu, memory_gib, tflops, link_gbps)
+        tell(config, Job(nodes, gpus_per_node, tokens, targets), device, Console(), as_json=as_json)
 
 
 @app.command()
@@ -167,6 +172,16 @@ def demo(folder: Annotated[Path, typer.Argument(help="where its runs go")] = Pat
     tell(folder)
 
 
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Importing torch and transformers makes so many objects that searching them costs a plan a quarter."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def main() -> None:
     """Runs a command and ends the process with the exit code that says how it went."""
     try:
@@ -185,6 +200,8 @@ def main() -> None:
     except PeerLost as lost:
         print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_BUG)
+    finally:
+        gc.freeze()  # nothing is searched once more on the way out, which would take most of a second
 
 
 def _say(line: str) -> None:

@@ -137,8 +137,8 @@ def test_it_is_rehearsed(family):
     rehearsal = seen(makes(family))
     assert rehearsal.flops > 0
     assert rehearsal.slots
-    assert max(mark.highest.total for mark in rehearsal.marks) > 0
-    assert {mark.module for mark in rehearsal.marks} <= set(rehearsal.held)
+    assert max(alive.total for alive in rehearsal.highest) > 0
+    assert {moment.module for moment in rehearsal.course.moments} <= set(rehearsal.course.held)
 
 
 @pytest.mark.parametrize("family", sorted(NOT_PLANNED))
@@ -156,16 +156,14 @@ def test_a_deep_base_is_rehearsed_by_its_kinds_of_layers(monkeypatch, family, re
     short = seen(makes(family, **deep), recompute)
     monkeypatch.setattr(rehearsing, "shortened", lambda base: None)
     whole = seen(makes(family, **deep), recompute)
-    assert [(m.module, m.is_fetch, m.is_forward, m.is_repeated) for m in short.marks] == [
-        (m.module, m.is_fetch, m.is_forward, m.is_repeated) for m in whole.marks
-    ]
-    assert [m.flops for m in short.marks] == [m.flops for m in whole.marks]
+    assert short.course.moments == whole.course.moments
+    assert short.flops == whole.flops
     assert short.slots == whole.slots
     prefix = (
         8 * SHAPE.prefix_length * sum(slot.width for slot in whole.slots)
     )  # the table's copies are smaller
-    for mine, theirs in zip(short.marks, whole.marks, strict=True):
-        assert abs(mine.highest.total - theirs.highest.total) <= prefix
+    for mine, theirs in zip(short.highest, whole.highest, strict=True):
+        assert abs(mine.total - theirs.total) <= prefix
 
 
 def test_rows_between_two_numbers_are_in_line():
@@ -174,8 +172,8 @@ def test_rows_between_two_numbers_are_in_line():
     )
     found = between(few, many, 0.5)
     assert found.flops == pytest.approx(some.flops, rel=0.01)
-    for mine, theirs in zip(found.marks, some.marks, strict=True):
-        assert mine.highest.total == pytest.approx(theirs.highest.total, rel=0.05)
+    for mine, theirs in zip(found.highest, some.highest, strict=True):
+        assert mine.total == pytest.approx(theirs.total, rel=0.05)
 
 
 def test_a_layer_without_a_prefix_above_or_below_changes_what_is_kept():
@@ -183,7 +181,7 @@ def test_a_layer_without_a_prefix_above_or_below_changes_what_is_kept():
 
     def highest(chosen):
         found = rehearsed(makes("llama"), ModelKeys(), SHAPE, "cpu", chosen)
-        return max(mark.highest.total for mark in found.marks)
+        return max(alive.total for alive in found.highest)
 
     every, last = highest(lambda slots: slots), highest(lambda slots: slots[-1:])
     assert last < 0.5 * every

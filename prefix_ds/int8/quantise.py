@@ -8,7 +8,8 @@ others.
 Knows nothing of modules or files.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -32,11 +33,11 @@ class QuantisedRows:
     """A weight that is quantised when a part of it is read, each row once if the values are read first."""
 
     source: Source
-    known_scales: Tensor = field(init=False)  # float32, NaN where the row was not read yet
 
-    def __post_init__(self) -> None:
-        known = torch.full((prod(self.source.shape[:-1]),), float("nan"))
-        object.__setattr__(self, "known_scales", known)
+    @cached_property
+    def known_scales(self) -> Tensor:
+        """[rows] in float32, NaN where the row was not read yet; made when a row is."""
+        return torch.full((prod(self.source.shape[:-1]),), float("nan"))
 
     @property
     def values(self) -> "Values":

@@ -32,11 +32,9 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
     check_job(job)
     length = prefix_length(config)
     estimated = estimator(device, length)
-    other = ("model.recompute=false",) if config.model.recompute else ("model.recompute=true",)
-    columns = {
-        "as it is": estimated(config, job),
-        other[0]: estimated(changed(config, other), job),
-    }
+    other = f"model.recompute={str(not config.model.recompute).lower()}"
+    variants: list[tuple[str, ...]] = [(), (other,)]
+    columns = {words: estimated(changed(config, words), job) for words in variants}
     made = Plan(
         config,
         job,
@@ -44,7 +42,7 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
         step_of(config, job, length),
         columns,
         ways(config, job, device, estimated),
-        list(warnings(config, job, device, columns["as it is"])),
+        list(warnings(config, job, device, columns[()])),
     )
     if as_json:
         console.print_json(data=as_data(made))
@@ -67,7 +65,7 @@ def estimator(device: Device, length: int) -> Callable[[RunConfig, Job], Estimat
 
     @cache
     def seen(dumped: str, shape: Shape, most_rows: int) -> Rehearsal:
-        if shape.rows in (1, most_rows):
+        if shape.rows == most_rows:
             return rehearsal_of(dumped, shape)
         few, many = (
             rehearsal_of(dumped, replace(shape, rows=rows, targets=shape.targets * rows // shape.rows))

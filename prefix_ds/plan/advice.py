@@ -4,6 +4,7 @@ The ways to need less memory are tried one by one and then together, each with t
 with. Knows nothing of how an estimate is made.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,11 +73,10 @@ def _fewest(job: Job, fits: Callable[[Job], bool]) -> int | None:
     most = _MOST_DEVICES // job.devices_per_node
     beyond = [replace(job, nodes=n) for n in range(2, most + 1)]
     every = [*inside, *beyond]
-    low, high = 0, len(every)  # more devices never need more memory each
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(every[middle]) else (middle + 1, high)
-    return every[low].num_devices if low < len(every) else None
+    asked = min(job.devices_per_node + job.nodes - 2, len(every) - 1)  # it is known already, and divides
+    low, high = (0, asked) if fits(every[asked]) else (asked + 1, len(every))
+    fewest = bisect_left(every, True, low, high, key=fits)  # more devices never need more memory each
+    return every[fewest].num_devices if fewest < len(every) else None
 
 
 def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from prefix_ds.model.recompute import repeatable_layers
-from prefix_ds.plan.marks import Mark
+from prefix_ds.plan.marks import Mark, Moment
 
 _FEW = 3  # layers that are not worth the trouble
 
@@ -78,7 +78,8 @@ def _plain(module: nn.Module) -> Any:
 
 def laid_out(marks: Sequence[Mark], stack: Stack) -> list[Mark]:
     """The marks of the whole base. Raises IrregularError."""
-    runs = [(layer, list(run)) for layer, run in groupby(marks, key=lambda mark: stack.layer_of(mark.module))]
+    by_layer = groupby(marks, key=lambda mark: stack.layer_of(mark.moment.module))
+    runs = [(layer, list(run)) for layer, run in by_layer]
     there = range(len(stack.kept))
     if [layer for layer, _ in runs if layer is not None] != [*there, *reversed(there)]:
         raise IrregularError
@@ -91,14 +92,14 @@ def laid_out(marks: Sequence[Mark], stack: Stack) -> list[Mark]:
     def block(runs_up_or_down: list[list[Mark]], layer: int) -> list[Mark]:
         position = stack.stands[layer]
         more = beneath[layer] - below[position]
-        return [_moved(mark, stack.renamed(mark.module, layer), more) for mark in runs_up_or_down[position]]
+        return [_raised(_renamed(mark, stack, layer), more) for mark in runs_up_or_down[position]]
 
     layers = range(len(stack.stands))
     begin, middle, end = _around(runs, len(there))
     return [
         *begin,
         *(mark for layer in layers for mark in block(up, layer)),
-        *(_moved(mark, mark.module, beneath[-1] - below[-1]) for mark in middle),
+        *(_raised(mark, beneath[-1] - below[-1]) for mark in middle),
         *(mark for layer in reversed(layers) for mark in block(down, layer)),
         *end,
     ]
@@ -118,5 +119,10 @@ def _around(runs: list[tuple[int | None, list[Mark]]], num_kept: int) -> Iterato
         yield [mark for _, run in piece for mark in run]
 
 
-def _moved(mark: Mark, module: str, more: int) -> Mark:
-    return mark.moved(module, mark.before.raised(more), mark.highest.raised(more), mark.flops)
+def _renamed(mark: Mark, stack: Stack, layer: int) -> Mark:
+    module, *what = mark.moment
+    return Mark(Moment(stack.renamed(module, layer), *what), mark.before, mark.highest, mark.flops)
+
+
+def _raised(mark: Mark, more: int) -> Mark:
+    return Mark(mark.moment, mark.before.raised(more), mark.highest.raised(more), mark.flops)

@@ -16,7 +16,7 @@ from prefix_ds.config import RunConfig
 from prefix_ds.errors import ConfigError
 from prefix_ds.plan.devices import Device
 from prefix_ds.plan.gathering import Gathering, Policy, gathering
-from prefix_ds.plan.rehearsal import Rehearsal, Shape, Weights
+from prefix_ds.plan.rehearsal import Course, Rehearsal, Shape, Weights
 
 # Parts of the peak that large products and collective calls reach in practice, and what a GPU's driver and
 # libraries take. Assumptions, printed with every plan.
@@ -121,7 +121,7 @@ def estimate(
     is_full, num_ranks, count = config.train.method != "prefix", job.num_devices, step.micro_batches
     offload = (settings["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     policy = policy_of(settings, device)
-    gathered = _gathered(seen, policy, is_full) if num_ranks > 1 or offload else _nothing(seen)
+    gathered = _gathered(seen.course, policy, is_full) if num_ranks > 1 or offload else _nothing(seen)
     on_device, on_host = _resident(seen, policy, num_ranks, offload)
     kept, update = _of_all_weights(seen, num_ranks, settings) if is_full else _of_a_prefix(seen, step, config)
     passes = _at_the_peak(seen, gathered)
@@ -156,19 +156,19 @@ def _seconds(num_bytes: int, rate_gbs: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _gathered(seen: Rehearsal, policy: Policy, is_trained: bool) -> Gathering:
-    return gathering(seen, policy, is_trained)
+def _gathered(course: Course, policy: Policy, is_trained: bool) -> Gathering:
+    return gathering(course, policy, is_trained)
 
 
 def _nothing(seen: Rehearsal) -> Gathering:
     """One rank's shards are the weights."""
-    return Gathering((0,) * len(seen.marks), 0, 0)
+    return Gathering((0,) * len(seen.course.moments), 0, 0)
 
 
 def _resident(seen: Rehearsal, policy: Policy, num_ranks: int, offload: bool) -> tuple[int, int]:
     """Bytes of weights and buffers between two steps: on the device, and on the host."""
     here = there = 0
-    for weights in seen.weights:
+    for weights in seen.course.weights:
         shard = _shard_bytes(weights, num_ranks)
         if policy.persists(weights):
             here += shard + (weights.num_bytes if num_ranks > 1 else 0)
@@ -184,10 +184,9 @@ def _shard_bytes(weights: Weights, num_ranks: int) -> int:
 
 
 def _at_the_peak(seen: Rehearsal, gathered: Gathering) -> dict[str, int]:
-    moments = zip(seen.marks, gathered.held, strict=True)
-    mark, held = max(moments, key=lambda moment: moment[0].highest.total + moment[1])
-    logits = mark.highest.logits
-    return {"gathered layers": held, "activations": mark.highest.total - logits, "logits": logits}
+    both = zip(seen.highest, gathered.held, strict=True)
+    alive, held = max(both, key=lambda both: both[0].total + both[1])
+    return {"gathered layers": held, "activations": alive.total - alive.logits, "logits": alive.logits}
 
 
 def _of_a_prefix(seen: Rehearsal, step: Step, config: RunConfig) -> tuple[dict[str, int], int]:
@@ -208,8 +207,8 @@ def _of_all_weights(
     """What is kept: gradients in the weights' type and a bucket; float32 weights and two moments. An update
     takes, of a group of weights at a time, a gradient in float32 beside what AdamW needs."""
     zero = settings["zero_optimization"]
-    mine = sum(_shard_bytes(w, num_ranks) // w.itemsize for w in seen.weights)
-    itemsize = max(w.itemsize for w in seen.weights)
+    mine = sum(_shard_bytes(w, num_ranks) // w.itemsize for w in seen.course.weights)
+    itemsize = max(w.itemsize for w in seen.course.weights)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * itemsize
     group = min(mine, int(zero.get("sub_group_size", 1e9)))
     kept = {"gradients": mine * itemsize + bucket, "optimizer": 3 * mine * _FLOAT}
@@ -220,13 +219,15 @@ def _reduced_bytes(seen: Rehearsal, step: Step, is_full: bool) -> int:
     """What ranks exchange to sum gradients: once a step a prefix's, there and back; every micro-batch all
     weights'."""
     if is_full:
-        return sum(w.num_bytes for w in seen.weights) * step.micro_batches
+        return sum(w.num_bytes for w in seen.course.weights) * step.micro_batches
     return 2 * step.shape.prefix_length * sum(s.width for s in seen.slots) * _FLOAT
 
 
 def _cast_seconds(seen: Rehearsal, device: Device) -> float:
     """8-bit weights are read and written as 16 bits at every use."""
-    used = [seen.weights[n] for mark in seen.marks if mark.is_fetch for n in seen.held[mark.module]]
+    course = seen.course
+    fetched = [moment.module for moment in course.moments if moment.is_fetch]
+    used = [course.weights[n] for module in fetched for n in course.held[module]]
     return 3 * sum(w.numel for w in used if w.itemsize == 1) / (device.memory_gbs * 1e9 * LINK_PART)
 
 

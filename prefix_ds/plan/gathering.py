@@ -1,10 +1,11 @@
 """What DeepSpeed gathers while a micro-batch runs: when, how much, and how much of it is there at a time.
 
-A replay of its `PartitionedParameterCoordinator` (0.19) on the marks of a rehearsal, once it knows the order
-of modules: it gathers what a module needs, then, at every module, as much of what comes next as a bucket and
-the limit on live parameters allow; it lets go of what a module had, unless it has counted on it for later. A
-single parameter is gathered in place; several come in one flat buffer, which stays until the last of them is
-used, and are copied out of it when the first is. `tests/test_plan.py` holds it against DeepSpeed itself.
+A replay of its `PartitionedParameterCoordinator` (0.19) on the course of a rehearsal, once it knows the
+order of modules: it gathers what a module needs, then, at every module, as much of what comes next as a
+bucket and the limit on live parameters allow; it lets go of what a module had, unless it has counted on it
+for later. A single parameter is gathered in place; several come in one flat buffer, which stays until the
+last of them is used, and are copied out of it when the first is. `tests/test_plan.py` holds it against
+DeepSpeed itself.
 
 Knows nothing of tensors.
 """
@@ -14,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from prefix_ds.plan.marks import Mark
-from prefix_ds.plan.rehearsal import Rehearsal, Weights
+from prefix_ds.plan.marks import Moment
+from prefix_ds.plan.rehearsal import Course, Weights
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,20 @@ class Policy:
 class Gathering:
     """What one micro-batch gathers. What pads uneven shards is not counted."""
 
-    held: tuple[int, ...]  # bytes of gathered parameters at each mark, at most until the next
+    held: tuple[int, ...]  # bytes of gathered parameters at each moment, at most until the next
     num_bytes: int  # that every rank then has; one part in as many as there are ranks was its own
     num_calls: int  # collective calls
 
 
-def gathering(seen: Rehearsal, policy: Policy, is_trained: bool) -> Gathering:
+def gathering(course: Course, policy: Policy, is_trained: bool) -> Gathering:
     """Of a micro-batch in the middle of a run, among several ranks. `is_trained`: whether the weights are."""
-    coordinator = _Coordinator(seen.held, seen.weights, policy, is_trained)
-    turn = next((n for n, mark in enumerate(seen.marks) if not mark.is_forward and mark.is_fetch), None)
-    coordinator.run(seen.marks[:turn])  # the trial at the start, and validations
-    coordinator.run(seen.marks, knows_order=False)
+    coordinator = _Coordinator(course.held, course.weights, policy, is_trained)
+    backward = (n for n, moment in enumerate(course.moments) if moment.is_fetch and not moment.is_forward)
+    turn = next(backward, None)
+    coordinator.run(course.moments[:turn])  # the trial at the start, and validations
+    coordinator.run(course.moments, knows_order=False)
     for _ in range(2):  # what each leaves behind, the next one finds
-        last = coordinator.run(seen.marks)
+        last = coordinator.run(course.moments)
     return last
 
 
@@ -77,7 +79,7 @@ class _Coordinator:
     calls: dict[int, _Call] = field(default_factory=dict)
     decided: dict[tuple[str, int], frozenset[int]] = field(default_factory=dict)  # what goes where
     now: int = 0  # bytes gathered
-    most: int = 0  # since the last mark
+    most: int = 0  # since the last moment
     num_bytes: int = 0
     num_calls: int = 0
 
@@ -85,15 +87,15 @@ class _Coordinator:
         self.state = [_State.HERE if self.policy.persists(w) else _State.AWAY for w in self.weights]
         self.users = [set() for _ in self.weights]
 
-    def run(self, marks: Sequence[Mark], knows_order: bool = True) -> Gathering:
-        self.order = [mark.module for mark in marks if mark.is_fetch]
+    def run(self, moments: Sequence[Moment], knows_order: bool = True) -> Gathering:
+        self.order = [moment.module for moment in moments if moment.is_fetch]
         self.knows_order = knows_order
         self._reset()
         self.num_bytes = self.num_calls = 0
         held = []
-        for mark in marks:
+        for moment in moments:
             self.most = self.now
-            (self._fetch if mark.is_fetch else self._release)(mark)
+            (self._fetch if moment.is_fetch else self._release)(moment)
             held.append(self.most)
         if self.is_trained:  # DeepSpeed's optimizer lets go of what no backward pass did
             self._let_go_of_the_rest()
@@ -114,14 +116,14 @@ class _Coordinator:
             str, set[int]
         ] = {}  # modules in their backward pass, and what recomputing them got
 
-    def _fetch(self, mark: Mark) -> None:
-        mine = self.held[mark.module]
-        if not mark.is_forward:
-            self.backward[mark.module] = self.backward.pop(mark.module, set())
+    def _fetch(self, moment: Moment) -> None:
+        mine = self.held[moment.module]
+        if not moment.is_forward:
+            self.backward[moment.module] = self.backward.pop(moment.module, set())
         self._gather([p for p in mine if self.state[p] is _State.AWAY])
         for parameter in mine:
-            self.users[parameter].add(mark.module)
-            if mark.is_repeated and self.backward and not self.is_trained:
+            self.users[parameter].add(moment.module)
+            if moment.is_repeated and self.backward and not self.is_trained:
                 owner = next(reversed(self.backward))
                 self.backward[owner].add(parameter)
                 self.users[parameter].add(owner)
@@ -174,15 +176,15 @@ class _Coordinator:
         if not call.coming:
             self.now -= call.flat_bytes
 
-    def _release(self, mark: Mark) -> None:
-        mine = self.held[mark.module]
-        going, touched = set(self._going(mark.module)), set(mine)
-        if not mark.is_forward:
-            repeated = self.backward.pop(mark.module, set())
+    def _release(self, moment: Moment) -> None:
+        mine = self.held[moment.module]
+        going, touched = set(self._going(moment.module)), set(mine)
+        if not moment.is_forward:
+            repeated = self.backward.pop(moment.module, set())
             going |= {p for p in repeated if not self.policy.persists(self.weights[p])}
             touched |= repeated
         for parameter in touched:
-            self.users[parameter].discard(mark.module)
+            self.users[parameter].discard(moment.module)
             if parameter in going:
                 self._let_go(parameter)
 

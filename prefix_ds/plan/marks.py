@@ -4,10 +4,10 @@ Knows nothing of tensors.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Alive:
+class Alive(NamedTuple):
     """Bytes that are allocated at a time; `logits` are those with a vocabulary as their last dimension."""
 
     total: int = 0
@@ -18,18 +18,20 @@ class Alive:
         return Alive(self.total + more, self.logits)
 
 
-@dataclass(frozen=True)
-class Mark:
+class Moment(NamedTuple):
     """The parameters of a module are needed, or are let go."""
 
     module: str
     is_fetch: bool
     is_forward: bool
     is_repeated: bool  # a forward pass within the backward pass
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment, and what was seen around it."""
+
+    moment: Moment
     before: Alive
     highest: Alive  # from here to the next mark
     flops: int  # from here to the next mark
-
-    def moved(self, module: str, before: Alive, highest: Alive, flops: int) -> "Mark":
-        """The same moment of another module, with other numbers. (`replace` takes three times as long.)"""
-        return Mark(module, self.is_fetch, self.is_forward, self.is_repeated, before, highest, flops)

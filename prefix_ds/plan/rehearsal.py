@@ -9,7 +9,7 @@ gradient reaches a module's outputs; after a forward pass and when the last grad
 Knows nothing of ranks or files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
 from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
 from prefix_ds.plan.experts import balance_experts
-from prefix_ds.plan.marks import Alive, Mark
+from prefix_ds.plan.marks import Alive, Mark, Moment
 from prefix_ds.plan.meter import Meter, fused_attention
 from prefix_ds.prefix import Slot
 
@@ -58,19 +58,23 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
+class Course:
+    """What happens whatever the number of rows."""
+
+    weights: tuple[Weights, ...]  # in the order in which a run makes them
+    held: Mapping[str, tuple[int, ...]]  # for each module, the numbers of the weights of its own
+    moments: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Rehearsal:
     """What happened."""
 
-    weights: tuple[Weights, ...]  # in the order in which a run makes them
-    held: dict[str, tuple[int, ...]]  # for each module, the numbers of the weights of its own
+    course: Course
     buffer_bytes: int
-    marks: tuple[Mark, ...]
+    highest: tuple[Alive, ...]  # from each moment to the next
+    flops: int  # of both passes
     slots: tuple[Slot, ...]  # that have a prefix
-
-    @property
-    def flops(self) -> int:
-        """Of both passes."""
-        return sum(mark.flops for mark in self.marks)
 
 
 Chosen = Callable[[tuple[Slot, ...]], tuple[Slot, ...]]
@@ -86,14 +90,12 @@ def rehearsed(
     """
     base = make()
     number = {weight: n for n, weight in enumerate(_in_order(base))}
-    whole = {
-        "weights": tuple(Weights(w.numel(), w.element_size()) for w in number),
-        "held": {
-            name: tuple(number[w] for w in module.parameters(recurse=_is_one(module)))
-            for name, module in _hooked(base)
-        },
-        "buffer_bytes": sum(b.numel() * b.element_size() for b in base.buffers()),
+    weights = tuple(Weights(w.numel(), w.element_size()) for w in number)
+    held = {
+        name: tuple(number[w] for w in module.parameters(recurse=_is_one(module)))
+        for name, module in _hooked(base)
     }
+    buffer_bytes = sum(b.numel() * b.element_size() for b in base.buffers())
     stack = shortened(base) if chosen is None else None
     try:
         marks, slots = _performed(base, keys, shape, device_type, chosen)
@@ -103,7 +105,13 @@ def rehearsed(
         if stack is None:
             raise
         marks, slots = _performed(make(), keys, shape, device_type, chosen)
-    return Rehearsal(**whole, marks=tuple(marks), slots=tuple(slots))
+    return Rehearsal(
+        Course(weights, held, tuple(mark.moment for mark in marks)),
+        buffer_bytes,
+        tuple(mark.highest for mark in marks),
+        sum(mark.flops for mark in marks),
+        slots,
+    )
 
 
 def between(few: Rehearsal, many: Rehearsal, part: float) -> Rehearsal:
@@ -112,19 +120,12 @@ def between(few: Rehearsal, many: Rehearsal, part: float) -> Rehearsal:
     def mixed(one: int, other: int) -> int:
         return round(one + (other - one) * part)
 
-    def alive(one: Alive, other: Alive) -> Alive:
-        return Alive(mixed(one.total, other.total), mixed(one.logits, other.logits))
-
-    marks = (
-        one.moved(
-            one.module,
-            alive(one.before, other.before),
-            alive(one.highest, other.highest),
-            mixed(one.flops, other.flops),
-        )
-        for one, other in zip(few.marks, many.marks, strict=True)
+    assert few.course.moments == many.course.moments
+    highest = (
+        Alive(mixed(one.total, other.total), mixed(one.logits, other.logits))
+        for one, other in zip(few.highest, many.highest, strict=True)
     )
-    return replace(many, marks=tuple(marks))
+    return replace(many, highest=tuple(highest), flops=mixed(few.flops, many.flops))
 
 
 def _in_order(base: nn.Module) -> list[nn.Parameter]:
@@ -193,9 +194,6 @@ def _batch(shape: Shape) -> Batch:
     return Batch(ids_BT, torch.empty_like(ids_BT), index_M, index_M.clone(), shape.tokens)
 
 
-_What = tuple[str, bool, bool, bool]  # the first fields of a Mark
-
-
 # Mixtures of experts that DeepSpeed takes as one module, with all below (its DEFAULT_LEAF_MODULE_CLASSES).
 LEAVES = {
     f"transformers.models.{family}.modeling_{family}.{name}SparseMoeBlock"
@@ -219,13 +217,13 @@ class _Notes:
 
     def __init__(self, base: nn.Module, meter: Meter) -> None:
         self._meter = meter
-        self._seen: list[tuple[_What, Alive, Alive, int]] = []
+        self._seen: list[tuple[Moment, Alive, Alive, int]] = []
         for name, module in _hooked(base):
             _hook(module, name, self._mark)
 
     def _mark(self, module: str, is_fetch: bool, is_forward: bool) -> None:
         again = is_forward and torch._C._current_graph_task_id() != -1
-        self._seen.append(((module, is_fetch, is_forward, again), *self._look()))
+        self._seen.append((Moment(module, is_fetch, is_forward, again), *self._look()))
 
     def _look(self) -> tuple[Alive, Alive, int]:
         return self._meter.now(), self._meter.highest(), self._meter.flops
@@ -234,8 +232,8 @@ class _Notes:
         """All of them; what was seen at the next mark tells what happened after one."""
         ends = [seen[1:] for seen in self._seen[1:]] + [self._look()]
         return [
-            Mark(*what, before, highest, flops_after - flops)
-            for (what, before, _, flops), (_, highest, flops_after) in zip(self._seen, ends, strict=True)
+            Mark(moment, before, highest, flops_after - flops)
+            for (moment, before, _, flops), (_, highest, flops_after) in zip(self._seen, ends, strict=True)
         ]
 
 

@@ -14,8 +14,6 @@ from prefix_ds.plan.advice import Way
 from prefix_ds.plan.devices import Device
 from prefix_ds.plan.estimate import COMPUTE_PART, LINK_PART, Estimate, Job, Step
 
-_AS_IS = "as it is"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,7 +23,7 @@ class Plan:
     job: Job
     device: Device
     step: Step
-    columns: dict[str, Estimate]  # the run as it is first, then with what differs
+    columns: dict[tuple[str, ...], Estimate]  # by the keys that differ: none first
     ways: list[Way]
     notes: list[str]
 
@@ -40,8 +38,9 @@ def show(console: Console, plan: Plan) -> None:
         f"tokens behind {shape.prefix_length} prefix positions",
         soft_wrap=True,
     )
-    console.print(_memory(plan.columns, device))
-    console.print(_time(plan.columns))
+    columns = {_label(words): estimate for words, estimate in plan.columns.items()}
+    console.print(_memory(columns, device))
+    console.print(_time(columns))
     console.print(_ways(plan.ways, device))
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -52,6 +51,10 @@ def show(console: Console, plan: Plan) -> None:
         style="dim",
         soft_wrap=True,
     )
+
+
+def _label(overrides: tuple[str, ...]) -> str:
+    return ", ".join(overrides) or "as it is"
 
 
 def _memory(columns: dict[str, Estimate], device: Device) -> Table:
@@ -96,7 +99,7 @@ def _ways(found: list[Way], device: Device) -> Table:
     )
     for way in found:
         table.add_row(
-            ", ".join(way.overrides) or _AS_IS,
+            _label(way.overrides),
             _gib(way.total_bytes),
             "yes" if way.fits else "no",
             "none" if way.fewest is None else f"{way.fewest:,}",
@@ -118,8 +121,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "step": asdict(plan.step),
         "assumed": {"compute_part": COMPUTE_PART, "link_part": LINK_PART},
         "estimates": {
-            name: asdict(estimate) | {field: getattr(estimate, field) for field in derived}
-            for name, estimate in plan.columns.items()
+            _label(words): asdict(estimate) | {field: getattr(estimate, field) for field in derived}
+            for words, estimate in plan.columns.items()
         },
         "ways": [asdict(way) for way in plan.ways],
         "notes": plan.notes,
