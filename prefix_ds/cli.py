@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from prefix_ds.dist import rank_of_environment
-from prefix_ds.errors import EXIT_BUG, EXIT_STOPPED, EXIT_USER, PeerLost, PrefixError, Stopped, printable
+from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER, PeerLost, PrefixError, Stopped, printable
 
 # Too long, or a loop of links: whichever key or argument it is in, looking for the file says so.
 _NAMES_NO_FILE_CAN_HAVE = {errno.ENAMETOOLONG, errno.ELOOP}
@@ -199,7 +199,7 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except PeerLost as lost:
         print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_BUG)
+        sys.exit(EXIT_PEER)
     finally:
         gc.freeze()  # nothing is searched once more on the way out, which would take most of a second
 

@@ -4,14 +4,15 @@
     ├── ConfigError             a key of run.yaml, or two keys that contradict each other
     ├── DataError               a file, a record or a template
     ├── ModelError              a base that cannot be loaded, or cannot take a prefix
-    └── RunError                a run folder, a checkpoint or a saved prefix
+    ├── RunError                a run folder, a checkpoint or a saved prefix
+    └── LaunchError             a host, a scheduler or a cluster a job is to run on
     Stopped                     a signal asked for the end; a checkpoint was written: exit code 75
-    PeerLost                    another rank died in the middle of a step: exit code 1
+    PeerLost                    another rank died in the middle of a step: exit code 76
 
 Everything else is a bug of ours (exit code 1, with its traceback). Knows nothing of what raises these.
 """
 
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER = 0, 1, 2, 75, 76
 
 
 def printable(text: str) -> str:
@@ -50,6 +51,10 @@ class ModelError(PrefixError):
 
 class RunError(PrefixError):
     """A run folder, a checkpoint or a saved prefix cannot be used."""
+
+
+class LaunchError(PrefixError):
+    """A job cannot be started where it was asked to run."""
 
 
 class Stopped(Exception):  # noqa: N818 - a request that was met, not an error

@@ -1,0 +1,79 @@
+"""What a job asks for, wherever it runs.
+
+Knows nothing of hosts or clusters.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from prefix_ds.config import RunConfig, read_config
+from prefix_ds.errors import ConfigError, LaunchError
+
+DEFAULT_PORT = 29500
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A run and how many processes train it. `config` is `run_file` with the overrides, read and checked."""
+
+    run_file: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+    num_nodes: int = 1
+    ranks_per_node: int = 1  # one for each GPU
+    variables: tuple[str, ...] = ()  # names of environment variables that every rank gets from the launcher's
+    port: int | None = None  # of the first node, for the ranks to meet; None: one that is free
+
+    @property
+    def num_ranks(self) -> int:
+        """In all."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def name(self) -> str:
+        """For people and schedulers: MLflow's name of the run, or the run folder's."""
+        return self.config.mlflow.name or Path(self.config.run.folder).name
+
+    @property
+    def train_words(self) -> list[str]:
+        """The arguments of prefix-ds on every rank."""
+        return ["train", str(self.run_file), *self.overrides]
+
+
+def job_spec(
+    run_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_nodes: int = 1,
+    ranks_per_node: int = 1,
+    variables: Sequence[str] = (),
+    port: int | None = None,
+) -> JobSpec:
+    """A checked job. Raises ConfigError for a run that would be refused, LaunchError for what is no job."""
+    config = read_config(run_file, overrides)
+    _refuse_secrets(config)
+    for option, value in (("--nodes", num_nodes), ("processes of a node", ranks_per_node)):
+        if value < 1:
+            raise LaunchError(f"{option}: {value}: expected at least 1")
+    if port is not None and not 1 <= port <= 65535:
+        raise LaunchError(f"--port: {port}: expected 1 to 65535")
+    for name in variables:
+        if not _NAME.fullmatch(name):
+            raise LaunchError(
+                f"--env: {name.partition('=')[0]}: expected the name of a variable; its value is taken from "
+                "the environment, where no process list shows it"
+            )
+    return JobSpec(run_file, tuple(overrides), config, num_nodes, ranks_per_node, tuple(variables), port)
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    """Whatever a run file or an override says ends up in command lines and manifests."""
+    if config.mlflow.uri and urlsplit(config.mlflow.uri).password:
+        raise ConfigError(
+            "mlflow.uri: has a password in it, and a launched job's configuration can be read by others; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD and pass them on with --env"
+        )
