@@ -158,7 +158,6 @@ def _srun(spec: JobSpec, options: SlurmOptions) -> str:
     slurm = [
         *(f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
         f"--cpus-per-task={_cpus(spec, options)}",  # which srun does not take from sbatch
-        "--cpu-bind=none",
         *("--kill-on-bad-exit=0", f"--wait={_WAIT_SECONDS}"),
         *(["--overlap"] if options.allocated else []),  # a shell that is itself a step holds what it runs on
     ]
