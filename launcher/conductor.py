@@ -151,6 +151,8 @@ def _check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
 
 def _tell(last: End) -> None:
     """The culprit, below all that the others had to say, and its last lines below that."""
+    if last.code == EXIT_USER and last.rank == 0:
+        return  # it has said so itself
     _say(last.told())
     if last.code not in (EXIT_USER, EXIT_STOPPED):
         for line in last.tail[-_SHOWN_LINES:]:
