@@ -2,8 +2,8 @@
 
     with some_hosts(3, folder) as hosts: ...
 
-Needs root, iproute2, nftables and openssh-server. Each host has its own network, host name and mounts, and shares files
-and processes with the machine. `hosts.ssh` is the ssh command that knows their names and keys.
+Needs root, iproute2, nftables and openssh-server. Each host has its own network, host name and mounts, and
+shares files and processes with the machine. `hosts.ssh` is the ssh command that knows their names and keys.
 """
 
 import contextlib
