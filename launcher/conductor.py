@@ -129,14 +129,8 @@ class _Conductor:
         return [answer for answer in answers if isinstance(answer, LaunchError)]
 
     def _order(self, member: Member) -> dict[str, Any]:
-        plan = self._plan
-        return {
-            "folder": str(plan.folder),
-            "run_file": str(plan.run_file),
-            "logs": str(plan.logs),
-            "environment": {name: os.environ[name] for name in plan.variables},
-            "port": plan.port if member is plan.members[0] else None,
-        }
+        environment = {name: os.environ[name] for name in self._plan.variables}
+        return self._plan.order(environment, self._plan.port if member is self._plan.members[0] else None)
 
 
 async def _dismiss(agents: Any) -> None:

@@ -72,10 +72,8 @@ async def _examined(plan: CrewPlan, config: RunConfig) -> tuple[list[Report], di
 
 async def _asked(plan: CrewPlan, config: RunConfig, member: Member, report: Report) -> Agent | None:
     """Fills the report; the agent, unless there is none."""
-    order = {
-        "folder": str(plan.folder), "run_file": str(plan.run_file), "logs": "", "environment": {},
-        "port": plan.port if member is plan.members[0] else None,
-    }  # fmt: skip
+    port = plan.port if member is plan.members[0] else None
+    order = plan.order(environment={}, port=port)
     try:
         agent = await Agent.reached(member, order)
         began = time.time()

@@ -13,7 +13,7 @@ import pytest
 from prefix_ds.config import config_text
 from prefix_ds.tracking.metrics import read_metrics
 from tests.chaos import LAUNCH, Job, again, trial, undisturbed
-from tests.hosts import needs_hosts, some_hosts
+from tests.hosts import needs_hosts, run, some_hosts
 from tests.workshop import run_config
 
 pytestmark = needs_hosts
@@ -119,9 +119,7 @@ def test_secrets_are_on_no_command_line_and_in_no_log(hosts, work):
     process = started(*words, HF_TOKEN="hf_verysecret")
     commands = environments = ""
     while process.poll() is None:
-        commands += subprocess.run(
-            ["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True
-        ).stdout
+        commands += run("ps", "axww", "-o", "args")
         for pid in hosts.processes():
             try:
                 environments += Path(f"/proc/{pid}/environ").read_text()
@@ -179,6 +177,6 @@ def calm(hosts, tmp_path_factory):
 def test_whatever_happens_the_run_ends_as_if_nothing_had(calm, fault):
     """A handful of `python -m tests.chaos 30`."""
     two, folder, run_file, expected = calm
-    done, wrong, run = trial(two, folder, run_file, fault, random.Random(fault))
-    wrong += again(two, run_file, run, expected)
+    done, wrong, left = trial(two, folder, run_file, fault, random.Random(fault))
+    wrong += again(two, run_file, left, expected)
     assert not wrong, done
