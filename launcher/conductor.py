@@ -30,7 +30,10 @@ def submit(plan: CrewPlan) -> int:
     for name in plan.variables:
         if name not in os.environ:
             raise LaunchError(f"--env: {name}: is not set here")
-    return asyncio.run(_Conductor(plan).run())
+    try:
+        return asyncio.run(_Conductor(plan).run())
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over: a Ctrl-C more would only hide the code
 
 
 class _Conductor:
