@@ -47,6 +47,7 @@ class Cluster:
         self._daemons = []
 
     def __enter__(self):
+        self._take_down()  # what a killed test has left
         for name in ("state", "spool", "log", "munge"):
             (self.folder / name).mkdir(parents=True)
         try:
@@ -63,14 +64,17 @@ class Cluster:
         return self
 
     def __exit__(self, *_):
-        for node in NODES:
-            self.kill_node(node)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
             daemon.kill()
+        self._take_down()
+
+    def _take_down(self):
+        for node in NODES:
+            self.kill_node(node)
         for words in (*(("netns", "del", node) for node in NODES), ("link", "del", _BRIDGE)):
             subprocess.run(["ip", *words], capture_output=True, check=False)
 

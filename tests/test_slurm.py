@@ -21,7 +21,8 @@ from launcher.spec import JobSpec
 from prefix_ds.config import parse_config
 from prefix_ds.errors import LaunchError
 
-GOLDEN = Path(__file__).parent / "fixtures" / "slurm"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "plans"
 CONFIG = parse_config(
     """
 model: {name: /models/base}
@@ -66,7 +67,7 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_whole_script_is_as_recorded(name):
-    assert PLANS[name].text() == (GOLDEN / f"{name}.sh").read_text()
+    assert PLANS[name].text() == (GOLDEN / f"slurm_{name}.sh").read_text()
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -191,7 +192,7 @@ def test_a_folder_that_is_gone_ends_the_job(bench):
         ({"sbatch": ("--x=\n",)}, r"--sbatch: --x=\n: cannot stand"),
         ({"ask": Resources(time="4h")}, "--time: 4h: expected MINUTES"),
         ({"ask": Resources(time="2")}, "--signal-seconds: 120: expected less than the 120 seconds of --time"),
-        ({"signal_seconds": -1}, "--signal-seconds: -1: expected 0 to 65535"),
+        ({"signal_seconds": -1}, "--signal-seconds: -1: expected 1 to 65535"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_line(changes, message):
@@ -268,7 +269,7 @@ def test_status_and_log_of_a_job_that_slurm_remembers(tmp_path, monkeypatch):
     shown = SHOWN.format(log=str(log).replace("%", "%%"))
     (tmp_path / "shown").write_text(shown)
     fake(tmp_path, "scontrol", f"cat {tmp_path}/shown", monkeypatch)
-    assert backend.status("7").told() == "job 7: RUNNING, on calm,wild, started again 2 times"
+    assert backend.status("7").told() == "job 7: RUNNING, on calm,wild, 3 starts"
     assert list(backend.logs("7")) == ["one", "two"]
 
 
@@ -310,7 +311,7 @@ COMMAND = "from launcher import cli; from launcher.slurm.cli import add_to; add_
 def launched(folder, *words, **environment):
     clean = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
     program = [sys.executable, "-c", COMMAND, "slurm", *map(str, words)]
-    environment = clean | {"PYTHONPATH": str(GOLDEN.parents[2])} | environment
+    environment = clean | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(program, capture_output=True, text=True, check=False, env=environment, cwd=folder)
 
 
@@ -349,4 +350,4 @@ def test_a_mistake_is_one_line_and_2(tmp_path):
 
 if __name__ == "__main__":
     for name, job in PLANS.items():
-        (GOLDEN / f"{name}.sh").write_text(job.text())
+        (GOLDEN / f"slurm_{name}.sh").write_text(job.text())

@@ -19,17 +19,18 @@ from launcher.slurm import backend
 from launcher.slurm.options import SlurmOptions
 from launcher.slurm.script import plan
 from launcher.spec import job_spec
-from prefix_ds.config import config_text
+from prefix_ds.config import config_text, read_config
 from tests.slurm_cluster import NODES, Cluster, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 STEPS, ROOT = 60, Path(__file__).parent.parent
-DAEMONS = r"slurmd |slurmstepd"
+HOSTILE = 'mlflow.name=it\'s "$HOME" `id`\\ ü\n#SBATCH --hold # \r\n'  # reaches every rank
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with Cluster(tmp_path_factory.mktemp("cluster") / "slurm") as running, pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("cluster") / "slurm"
+    with Cluster(folder) as running, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(running.conf))
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("PREFIX_DS_THREADS", "1")
@@ -45,19 +46,23 @@ def room(tmp_path_factory):
     return folder
 
 
-def written(room, name, *overrides):
+def written(room, name):
     """The run file of a run that is long enough to be hit."""
     from tests.workshop import run_config
 
-    every = ("run.save_every=5", "run.valid_every=20", f"train.max_steps={STEPS}", f"run.folder={room}/{name}")
-    config = run_config(room, *every, *overrides)
+    every = (
+        f"train.max_steps={STEPS}",
+        "run.save_every=5",
+        "run.valid_every=20",
+        f"run.folder={room}/{name}",
+    )
     path = room / f"{name}.yaml"
-    path.write_text(config_text(config))
+    path.write_text(config_text(run_config(room, *every)))
     return path
 
 
 def queued(room, name, *overrides, **options):
-    spec = job_spec(written(room, name, *overrides), num_nodes=2, variables=["OUR_TOKEN"])
+    spec = job_spec(written(room, name), [*overrides, HOSTILE], num_nodes=2, variables=["OUR_TOKEN"])
     options = SlurmOptions(folder=room, logs=room / f"{name}-logs", **options)
     job = plan(spec, options)
     assert "s3cret" not in job.text()
@@ -104,7 +109,9 @@ def trained(room, name):
 
 
 def same(some, others):
-    return all(some[name].tobytes() == others[name].tobytes() for name in some) and some.keys() == others.keys()
+    return {name: t.tobytes() for name, t in some.items()} == {
+        name: t.tobytes() for name, t in others.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +120,7 @@ def undisturbed(cluster, room):
     ended = over(job)
     assert (ended.state, ended.exit_code, ended.num_restarts) == ("COMPLETED", 0, 0), log(job)
     assert "the token has 6 letters" in log(job)
+    assert read_config(room / "calm/run.yaml").mlflow.name == HOSTILE.partition("=")[2]
     assert all(f"[{node}:{rank}]" in log(job) for rank, node in enumerate(NODES)), log(job)
     return trained(room, "calm")
 
@@ -188,3 +196,24 @@ def test_what_slurm_refuses_is_one_line(cluster, room):
     options = replace(options, ask=replace(options.ask, partition="nope"))
     with pytest.raises(backend.LaunchError, match=r"^sbatch: invalid partition specified: nope; "):
         backend.submit(plan(spec, options))
+
+
+def test_in_an_allocation_it_runs_at_once(undisturbed, cluster, room):
+    """The run is done already, so every rank finds nothing to do; then a mistake."""
+    program = "from launcher import cli; from launcher.slurm.cli import add_to; add_to(cli.app); cli.main()"
+    words = [
+        "salloc",
+        "--nodes=2",
+        "--quiet",
+        sys.executable,
+        "-c",
+        program,
+        "slurm",
+        "calm.yaml",
+        "--nodes=2",
+    ]
+    for mistake, code in ([], 0), (["data.train=nowhere.jsonl"], 2):
+        ended = subprocess.run(
+            [*words, HOSTILE, *mistake], cwd=room, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == code, ended.stdout + ended.stderr

@@ -43,7 +43,7 @@ class JobStatus:
         parts += [f"({self.reason})"] if self.reason else []
         parts += [f"on {self.nodes}"] if self.nodes else []
         parts += [f"exit code {self.exit_code}"] if self.is_over else []
-        parts += [f"started again {self.num_restarts} times"] if self.num_restarts else []
+        parts += [f"{self.num_restarts + 1} starts"] if self.num_restarts else []
         return ", ".join(parts).replace(", (", " (")
 
 
@@ -84,6 +84,7 @@ def status(job: str) -> JobStatus:
 
 def cancel(job: str) -> None:
     """Ends it for good; within Slurm's KillWait its ranks write a checkpoint. Raises LaunchError."""
+    status(job)  # scancel says nothing of a job that is not there
     _said(["scancel", _number(job)])
 
 

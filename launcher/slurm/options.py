@@ -47,12 +47,10 @@ class SlurmOptions:
 
     def __post_init__(self) -> None:
         """Raises LaunchError."""
-        for option, value in (
-            ("--signal-seconds", self.signal_seconds),
-            ("--max-requeues", self.max_requeues),
-        ):
-            if not 0 <= value <= 65535:
-                raise LaunchError(f"{option}: {value}: expected 0 to 65535")
+        if not 1 <= self.signal_seconds <= 65535:
+            raise LaunchError(f"--signal-seconds: {self.signal_seconds}: expected 1 to 65535")
+        if self.max_requeues < 0:
+            raise LaunchError(f"--max-requeues: {self.max_requeues}: expected at least 0")
         seconds = seconds_of(self.ask.time) if self.ask.time is not None else None
         if seconds is not None and self.signal_seconds >= seconds:
             raise LaunchError(
