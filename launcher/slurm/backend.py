@@ -159,12 +159,12 @@ def _accounted(job: str) -> JobStatus | None:
 def _said(words: list[str], text: str = "") -> str:
     """What one of Slurm's commands answers."""
     try:
-        done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, input=os.fsencode(text), capture_output=True, check=False)
     except FileNotFoundError:
         raise LaunchError(
             f"{words[0]}: not found; Slurm jobs start on a machine that has Slurm's commands"
         ) from None
     if done.returncode:
-        complaints = [_COMPLAINT.sub("", line) for line in done.stderr.splitlines() if line.strip()]
-        raise LaunchError(f"{words[0]}: {'; '.join(complaints) or f'exit code {done.returncode}'}")
-    return done.stdout
+        lines = [_COMPLAINT.sub("", line) for line in os.fsdecode(done.stderr).splitlines() if line.strip()]
+        raise LaunchError(f"{words[0]}: {'; '.join(lines) or f'exit code {done.returncode}'}")
+    return os.fsdecode(done.stdout)

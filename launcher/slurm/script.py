@@ -29,6 +29,8 @@ from launcher.spec import JobSpec
 from prefix_ds.errors import EXIT_BUG, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that Linux and Kubernetes hand out by themselves
+# From its first node on, where the ranks meet; a shell that is itself a step holds what it runs on.
+_IN_ALLOCATION = ("--relative=0", "--overlap")
 _WAIT_SECONDS = 120  # after the first node's end, for the others to end by themselves
 _LETTERS = frozenset(range(32, 127)) - set(b"'\\")  # that need no escape in bash's $'...'
 _PLAIN = re.compile(r"[\w./:=@%+,*~\[\]-]+", re.ASCII)
@@ -155,11 +157,12 @@ def _run(spec: JobSpec, options: SlurmOptions) -> list[str]:
 
 def _srun(spec: JobSpec, options: SlurmOptions) -> str:
     nodes = spec.num_nodes
+    cpus = options.ask.cpus_per_task if options.allocated else _cpus(spec, options)
     slurm = [
         *(f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-        f"--cpus-per-task={_cpus(spec, options)}",  # which srun does not take from sbatch
+        *([f"--cpus-per-task={cpus}"] if cpus else []),  # srun does not take it from sbatch
         *("--kill-on-bad-exit=0", f"--wait={_WAIT_SECONDS}"),
-        *(["--overlap"] if options.allocated else []),  # a shell that is itself a step holds what it runs on
+        *(_IN_ALLOCATION if options.allocated else []),
     ]
     agent = f"{_word(options.python)} -m launcher.node --nodes {nodes} --ranks {spec.ranks_per_node}"
     lines = [
