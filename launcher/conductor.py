@@ -94,7 +94,7 @@ class _Conductor:
         finally:
             self._reaching = None
         try:
-            _check_alike(agents, self._plan)
+            check_alike(agents, self._plan)
             self._attempt = Attempt(agents, self._plan.words, self._plan.master)
             return culprit(await self._attempt.run())
         finally:
@@ -140,7 +140,7 @@ async def _dismiss(agents: Any) -> None:
     await asyncio.gather(*(agent.dismissed() for agent in agents))
 
 
-def _check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
+def check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
     """Raises LaunchError naming the host that differs from the first, or from here."""
     first = agents[0]
     mine = digest(plan.folder / plan.run_file)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefix_ds.config import config_text
-from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED
+from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER
 from tests.hosts import HostHere, Hosts, some_hosts
 from tests.test_kill import trained_bytes
 from tests.workshop import run_config
@@ -113,8 +113,10 @@ def worsen_link(job, host):
 
 
 def fill_disk(job, host):
-    """The run's folder is on a disk of this host's that has no room left."""
-    host.run("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", job.run.parent)
+    """The run's folder is on a disk of this host's that has no room left. Of rank 0's host: it writes."""
+    if host is not job.hosts.all[0] or not job.run.exists():
+        return False
+    host.run("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", job.run)
     return True
 
 
@@ -150,6 +152,7 @@ FAULTS = {
     "sshd's session is killed": Fault(kill_session, (EXIT_PEER,), "{host}: "),
     "a link is cut": Fault(cut_link, (EXIT_PEER,), "{host}: no sign of life"),
     "a link is slow and lossy": Fault(worsen_link, (0,)),
+    "a disk is full": Fault(fill_disk, (EXIT_USER,), "No space left on device"),
     "Ctrl-C": Fault(press_ctrl_c, (EXIT_STOPPED, 130)),
     "Ctrl-C twice": Fault(press_ctrl_c_twice, (130,)),
     "the launcher is killed": Fault(kill_launcher, (-9,)),
@@ -198,6 +201,7 @@ def trial(hosts, folder, run_file, fault, chance):
         neighbour.kill()
         neighbour.wait()
         victim.mend()
+        victim.run("sh", "-c", 'umount "$1" || true', "sh", job.run)
     return f"{victim.name}, {delay:.1f} s after {moment}", wrong, job.run
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from prefix_ds.config import config_text
+from prefix_ds.config import config_text, read_config
 from prefix_ds.tracking.metrics import read_metrics
 from tests.chaos import LAUNCH, Job, again, trial, undisturbed
 from tests.hosts import needs_hosts, run, some_hosts
+from tests.test_launcher import HOSTILE
 from tests.workshop import run_config
 
 pytestmark = needs_hosts
@@ -138,6 +139,18 @@ def test_secrets_are_on_no_command_line_and_in_no_log(hosts, work):
     assert "hf_verysecret" not in commands + out + err + logs
 
 
+def test_hostile_names_arrive_over_ssh(hosts, work):
+    """Quotes, `$`, a newline: in the folder, the run file, and an override."""
+    folder = work / HOSTILE
+    folder.mkdir()
+    config = run_config(work, "train.max_steps=4")
+    (folder / "run.yaml").write_text(config_text(config))
+    words = ["ssh", folder / "run.yaml", f"run.folder={folder}/run", f"mlflow.name={HOSTILE}"]
+    done = launched(*words, "--hosts", "host-0,host-1", "--ssh", hosts.ssh)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_config(folder / "run" / "run.yaml").mlflow.name == HOSTILE
+
+
 def test_a_host_that_stays_away_is_gone_on_without(hosts, work):
     """Three hosts lose one for good in the middle of a run; two finish it."""
     words = ["train.max_steps=400", "run.save_every=20", "--max-restarts", "1", "--min-nodes", "2"]
@@ -178,7 +191,9 @@ def calm(hosts, tmp_path_factory):
     return two, folder, *undisturbed(two, folder)
 
 
-@pytest.mark.parametrize("fault", ["a rank is killed", "an agent is killed", "a link is cut", "Ctrl-C twice"])
+@pytest.mark.parametrize(
+    "fault", ["a rank is killed", "an agent is killed", "a link is cut", "a disk is full"]
+)
 def test_whatever_happens_the_run_ends_as_if_nothing_had(calm, fault):
     """A handful of `python -m tests.chaos 30`."""
     two, folder, run_file, expected = calm

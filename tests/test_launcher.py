@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.command import Team, rank_environment, teams
+from launcher.conductor import check_alike
 from launcher.ends import End, culprit
 from launcher.here import ssh_plan
 from launcher.hosts import Host, chosen_hosts, hosts_of_file, hosts_of_list
 from launcher.spec import job_spec
+from launcher.survey import digest
 from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER, ConfigError, LaunchError
 from tests.chaos import command_of
@@ -174,6 +177,28 @@ def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, s
 def test_too_few_hosts_for_the_fewest(run_file):
     with pytest.raises(LaunchError, match="--min-nodes: 3: expected 1 to 1"):
         ssh_plan(job_spec(run_file), [Host("a", (0,))], min_nodes=3)
+
+
+def answered(name, run_file="digest", **versions):
+    """An agent that says what its node has."""
+    hello = {"run_file": run_file, "versions": {"python": "3.11.7", "torch": "2.13.0"} | versions}
+    return SimpleNamespace(name=name, hello=hello)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"torch": "2.14.0"}, "b: torch 2.14.0, but a has 2.13.0"),
+        ({"run_file": None}, "b: .*run.yaml: is not there"),
+        ({"run_file": "x"}, "b: .*run.yaml: is another file than here"),
+    ],
+)
+def test_a_host_that_differs_is_named(run_file, other, said):
+    plan = ssh_plan(job_spec(run_file), [Host("a", (0,)), Host("b", (0,))])
+    mine = digest(run_file)
+    check_alike([answered("a", mine), answered("b", mine)], plan)
+    with pytest.raises(LaunchError, match=said):
+        check_alike([answered("a", mine), answered("b", **{"run_file": mine} | other)], plan)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["local", "--help"], ["ssh", "--help"]])
