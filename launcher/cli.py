@@ -1,0 +1,112 @@
+"""`prefix-launch`: starts a run on one machine, on many over ssh, under Slurm or on Kubernetes.
+
+Knows nothing of how anything is done.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefix_ds.errors import EXIT_USER, PrefixError
+
+if TYPE_CHECKING:
+    from launcher.crew import CrewPlan
+
+app = typer.Typer(
+    help="Starts training runs on one machine, on many over ssh, under Slurm or on Kubernetes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[Path, typer.Argument(help="the run's YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="keys to change: section.key=value", metavar="[KEY=VALUE]...")
+]
+Env = Annotated[
+    list[str] | None, typer.Option("--env", metavar="NAME", help="a variable every rank gets, by name")
+]
+Restarts = Annotated[int, typer.Option(min=0, help="starts after a rank, a host or the network has died")]
+Grace = Annotated[float, typer.Option(help="for a checkpoint, when the job is stopped")]
+Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; none: a free one")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be started")]
+
+
+@app.command()
+def local(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="ranks; none: one for each GPU, or one")
+    ] = None,
+    port: Port = None,
+    max_restarts: Restarts = 0,
+    grace_seconds: Grace = 600,
+    dry_run: DryRun = False,
+) -> None:
+    """Run on this machine: a process for each GPU."""
+    from launcher.here import local_plan
+    from launcher.spec import job_spec
+    from launcher.survey import num_gpus
+
+    spec = job_spec(run_file, overrides or [], ranks_per_node=processes or num_gpus() or 1, port=port)
+    plan = local_plan(spec, max_restarts=max_restarts, grace_seconds=grace_seconds)
+    _show_or_submit(plan, dry_run)
+
+
+@app.command()
+def ssh(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")] = None,
+    hosts: Annotated[str | None, typer.Option(help="a,b or a:4,b:4")] = None,
+    slots: Annotated[int, typer.Option(help="ranks of a host of --hosts that says no number")] = 1,
+    include: Annotated[str | None, typer.Option(help="hosts and devices to use: a@b:0,2")] = None,
+    exclude: Annotated[str | None, typer.Option(help="hosts and devices to leave out")] = None,
+    env: Env = None,
+    ssh_command: Annotated[str, typer.Option("--ssh", help="ssh, with options")] = "ssh",
+    python: Annotated[str | None, typer.Option(help="on every host; none: the path of this one")] = None,
+    master: Annotated[
+        str | None, typer.Option(help="address of the first host for the others; none: where ssh reaches it")
+    ] = None,
+    port: Port = None,
+    max_restarts: Restarts = 0,
+    min_nodes: Annotated[int | None, typer.Option(help="hosts enough for a restart; none: all")] = None,
+    grace_seconds: Grace = 600,
+    dry_run: DryRun = False,
+) -> None:
+    """Run on many machines that ssh reaches, with the same files under the same paths."""
+    from launcher.here import ssh_plan
+    from launcher.hosts import chosen_hosts
+    from launcher.spec import job_spec
+
+    spec = job_spec(run_file, overrides or [], variables=env or [], port=port)
+    how = {
+        "master": master,
+        "max_restarts": max_restarts,
+        "min_nodes": min_nodes,
+        "grace_seconds": grace_seconds,
+    }
+    chosen = chosen_hosts(hostfile, hosts, slots, include, exclude)
+    _show_or_submit(ssh_plan(spec, chosen, ssh=ssh_command, python=python, **how), dry_run)
+
+
+def _show_or_submit(plan: "CrewPlan", dry_run: bool) -> None:
+    from launcher.conductor import submit
+
+    if dry_run:
+        typer.echo(plan.text(), nl=False)
+    else:
+        raise typer.Exit(submit(plan))
+
+
+def main() -> None:
+    """Runs a command; a mistake of the user's ends in one line and exit code 2."""
+    try:
+        app()
+    except PrefixError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_USER)

@@ -1,0 +1,161 @@
+"""Conducts a job on some hosts: reaches them, runs its ranks, names the one that ended it, and starts again
+from the latest checkpoint if it may.
+
+Knows nothing of how hosts are reached.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from launcher.agent import Agent
+from launcher.attempt import Attempt
+from launcher.crew import CrewPlan, Member
+from launcher.ends import End, culprit
+from launcher.survey import digest
+from prefix_ds.errors import EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
+
+_ENDED_AT_ONCE = 130  # by a second Ctrl-C, as shells say it
+_PATIENCE_SECONDS = 60.0  # for hosts that were lost to come back, before going on without them
+_BETWEEN_SECONDS = 3.0  # an agent that lost us has ended its ranks when this has passed a few times
+_SHOWN_LINES = 20
+
+
+def submit(plan: CrewPlan) -> int:
+    """Runs the job; its exit code. Raises LaunchError for what keeps it from starting."""
+    for name in plan.variables:
+        if name not in os.environ:
+            raise LaunchError(f"--env: {name}: is not set here")
+    return asyncio.run(_Conductor(plan).run())
+
+
+class _Conductor:
+    def __init__(self, plan: CrewPlan) -> None:
+        self._plan = plan
+        self._asked = 0  # how often the user has asked for the end
+        self._attempt: Attempt | None = None
+        self._reaching: asyncio.Task[list[Agent]] | None = None
+        self._telling: list[asyncio.Task[None]] = []
+
+    async def run(self) -> int:
+        """Attempts, until one need not be repeated."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._ask)
+        restarts = 0
+        while True:
+            last = await self._tried(is_first=restarts == 0)
+            if self._asked > 1:
+                return _ENDED_AT_ONCE
+            if last is None:
+                return EXIT_DONE
+            _tell(last)
+            is_final = last.code in (EXIT_USER, EXIT_STOPPED) or restarts == self._plan.max_restarts
+            if self._asked or is_final:
+                return EXIT_PEER if last.rank is None else last.exit_code
+            restarts += 1
+            _say(f"restart {restarts} of {self._plan.max_restarts}, from the latest checkpoint")
+            await asyncio.sleep(_BETWEEN_SECONDS)
+
+    def _ask(self) -> None:
+        """The first time for a checkpoint, then for the end; where nothing runs there is nothing to save."""
+        self._asked += 1 if self._attempt else 2
+        if self._reaching:
+            self._reaching.cancel()
+        elif self._attempt and self._asked == 1:
+            _say("stopping: every rank writes a checkpoint and ends; once more to end without")
+            self._soon(self._attempt.stop(self._plan.grace_seconds))
+        elif self._attempt:
+            self._soon(self._attempt.kill())
+
+    def _soon(self, telling: Coroutine[Any, Any, None]) -> None:
+        self._telling.append(asyncio.ensure_future(telling))
+
+    async def _tried(self, *, is_first: bool) -> End | None:
+        """One attempt, and who ended it badly, if anyone did."""
+        self._reaching = asyncio.ensure_future(self._reached(is_first))
+        try:
+            agents = await self._reaching
+        except asyncio.CancelledError:
+            return None
+        finally:
+            self._reaching = None
+        try:
+            _check_alike(agents, self._plan)
+            self._attempt = Attempt(agents, self._plan.words, self._plan.master)
+            return culprit(await self._attempt.run())
+        finally:
+            self._attempt = None
+            await _dismiss(agents)
+
+    async def _reached(self, is_first: bool) -> list[Agent]:
+        """Agents on all hosts; on a restart, on those that answer in time, if they are enough."""
+        agents: dict[str, Agent] = {}
+        waits = 0 if is_first else round(_PATIENCE_SECONDS / _BETWEEN_SECONDS)
+        try:
+            for wait in range(waits, -1, -1):
+                missing = [m for m in self._plan.members if m.host.name not in agents]
+                errors = await self._reach(missing, agents)
+                if errors and wait:
+                    await asyncio.sleep(_BETWEEN_SECONDS)
+            if errors and (is_first or len(agents) < self._plan.fewest):
+                raise LaunchError(*(line for error in errors for line in error.args))
+        except BaseException:
+            await _dismiss(agents.values())
+            raise
+        for error in errors:
+            _say(f"going on without {error}")
+        return [agents[m.host.name] for m in self._plan.members if m.host.name in agents]
+
+    async def _reach(self, members: Sequence[Member], agents: dict[str, Agent]) -> list[LaunchError]:
+        """Adds those that answer; why the others do not."""
+        answers = await asyncio.gather(
+            *(Agent.reached(member, self._order(member)) for member in members), return_exceptions=True
+        )
+        agents |= {answer.name: answer for answer in answers if isinstance(answer, Agent)}
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, LaunchError):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, LaunchError)]
+
+    def _order(self, member: Member) -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "folder": str(plan.folder),
+            "run_file": str(plan.run_file),
+            "logs": str(plan.logs),
+            "environment": {name: os.environ[name] for name in plan.variables},
+            "port": plan.port if member is plan.members[0] else None,
+        }
+
+
+async def _dismiss(agents: Any) -> None:
+    await asyncio.gather(*(agent.dismissed() for agent in agents))
+
+
+def _check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
+    """Raises LaunchError naming the host that differs from the first, or from here."""
+    first = agents[0]
+    mine = digest(plan.folder / plan.run_file)
+    for agent in agents:
+        if agent.hello["run_file"] != mine:
+            what = "is not there" if agent.hello["run_file"] is None else "is another file than here"
+            raise LaunchError(f"{agent.name}: {plan.run_file}: {what}")
+        for package, found in agent.hello["versions"].items():
+            expected = first.hello["versions"][package]
+            if found != expected:
+                raise LaunchError(f"{agent.name}: {package} {found}, but {first.name} has {expected}")
+
+
+def _tell(last: End) -> None:
+    """The culprit, below all that the others had to say, and its last lines below that."""
+    _say(last.told())
+    if last.code not in (EXIT_USER, EXIT_STOPPED):
+        for line in last.tail[-_SHOWN_LINES:]:
+            _say(f"    {line}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

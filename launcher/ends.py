@@ -1,0 +1,66 @@
+"""How ranks end, and which of them is to blame.
+
+When one rank dies the others lose it in the middle of a step and end too, often before it has finished
+dying. So the first that ended for a reason of its own is the culprit; one that lost a peer, or was ended by
+us, is not.
+
+Knows nothing of processes.
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefix_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, printable
+
+_BY_SIGNAL = 128  # shells' way to tell a signal in an exit code
+
+
+@dataclass(frozen=True)
+class End:
+    """Of one rank, or (rank None) of a whole node."""
+
+    host: str
+    rank: int | None
+    code: int  # negative: the signal that killed it
+    tail: tuple[str, ...] = ()  # its last lines
+    by_us: bool = False  # it was killed because another had ended
+    reason: str = ""  # where the code does not say it
+
+    @property
+    def place(self) -> str:
+        """For people."""
+        return self.host if self.rank is None else f"{self.host}, rank {self.rank}"
+
+    @property
+    def exit_code(self) -> int:
+        """As a process says it."""
+        return self.code if self.code >= 0 else _BY_SIGNAL - self.code
+
+    def told(self) -> str:
+        """One line."""
+        return printable(f"{self.place}: {self.reason or _meaning(self.code)}")
+
+
+def _meaning(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        memory = "; was the machine out of memory?" if code == -signal.SIGKILL else ""
+        return f"killed by {name}{memory}"
+    known = {
+        EXIT_DONE: "done",
+        EXIT_BUG: "ended with an error",
+        EXIT_USER: "the run was refused",
+        EXIT_STOPPED: "stopped on request, checkpoint written",
+        EXIT_PEER: "another rank was lost",
+    }
+    return known.get(code, f"ended with exit code {code}")
+
+
+def culprit(ends: Sequence[End]) -> End | None:
+    """Of ends in the order of time, the one that tells how the job ended; None: all is done."""
+    bad = [end for end in ends if end.code != EXIT_DONE and not end.by_us]
+    own = [end for end in bad if end.code not in (EXIT_PEER, EXIT_STOPPED)]
+    lost = [end for end in bad if end.code == EXIT_PEER]
+    killed = [end for end in ends if end.by_us]
+    return next(iter([*own, *lost, *bad, *killed]), None)

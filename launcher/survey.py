@@ -1,0 +1,74 @@
+"""What a node has: versions, files, addresses, a free port. Asked before any process starts.
+
+Knows nothing of jobs.
+"""
+
+import hashlib
+import os
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from prefix_ds.errors import LaunchError
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "prefix-ds")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that must be alike on all nodes. Nothing is imported."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def digest(file: Path) -> str | None:
+    """Of a file's bytes; None: it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def own_address() -> str:
+    """The one at which the other side of an ssh connection reaches this node; without one, the loopback."""
+    parts = os.environ.get("SSH_CONNECTION", "").split()
+    return parts[2] if len(parts) == 4 else "127.0.0.1"
+
+
+def free_port(port: int | None) -> int:
+    """The port, or one that is free. Raises LaunchError if it is not."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port or 0))
+        except OSError as error:
+            raise LaunchError(f"--port: {port}: {error.strerror} on {socket.gethostname()}") from None
+        return int(s.getsockname()[1])
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface through which another node is reached; None: it cannot be told."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            s.connect(address)  # sends nothing
+            mine = s.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == mine for a in addresses):
+            return name
+    return None
+
+
+def num_gpus() -> int:
+    """NVIDIA's, as the driver lists them; no library is asked."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
