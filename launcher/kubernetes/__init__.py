@@ -1,4 +1,4 @@
-"""Jobs on Kubernetes: a plain Indexed Job, a JobSet or a Kubeflow TrainJob, all three made of one job template.
+"""Jobs on Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob, all made of one job template.
 
     options   what the cluster is asked for          pod      one node of the job
     names     what Kubernetes takes for a name       job, jobset, trainjob    the three kinds

@@ -53,7 +53,7 @@ def _mount(word: str) -> Mount:
 
 
 def tolerations_of(words: Sequence[str]) -> tuple[Toleration, ...]:
-    """Of taints as `kubectl taint` writes them: `KEY`, `KEY=VALUE`, `KEY=VALUE:EFFECT`. Raises LaunchError."""
+    """Of taints as kubectl writes them: `KEY`, `KEY=VALUE`, `KEY=VALUE:EFFECT`. Raises LaunchError."""
     return tuple(_toleration(word) for word in words)
 
 
@@ -74,7 +74,7 @@ def selector_of(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def option(doc: str, default: Any = None, *, parse: Callable[[Sequence[str]], Any] | None = None) -> Any:
-    """A field with its line of `--help`; `parse` makes its value of words, for an option given several times."""
+    """A field with its line of `--help`; `parse` makes the value of an option given several times."""
     return field(default=() if parse else default, metadata={"doc": doc, "parse": parse})
 
 
