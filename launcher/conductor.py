@@ -5,6 +5,7 @@ Knows nothing of how hosts are reached.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -42,12 +43,19 @@ class _Conductor:
 
     async def run(self) -> int:
         """Attempts, until one need not be repeated."""
+        loop = asyncio.get_running_loop()
+
+        def noted(*_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # a Ctrl-C when all is over already
+                loop.call_soon_threadsafe(self._ask)
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._ask)
+            signal.signal(number, noted)  # asyncio's own handlers go before the process does
         restarts = 0
         while True:
             last = await self._tried(is_first=restarts == 0)
-            if self._asked > 1:
+            is_too_early = self._asked and last is not None and last.code == -signal.SIGTERM
+            if self._asked > 1 or is_too_early:  # ranks that have not begun to listen have nothing to save
                 return _ENDED_AT_ONCE
             if last is None:
                 return EXIT_DONE
@@ -151,6 +159,8 @@ def _check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
 
 def _tell(last: End) -> None:
     """The culprit, below all that the others had to say, and its last lines below that."""
+    if last.code == EXIT_USER and last.rank == 0:
+        return  # it has said so itself
     _say(last.told())
     if last.code not in (EXIT_USER, EXIT_STOPPED):
         for line in last.tail[-_SHOWN_LINES:]:

@@ -55,7 +55,7 @@ class CrewPlan:
             "grace_seconds": self.grace_seconds,
             "ranks": self._ranks(),
         }
-        return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)
+        return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=1000)
 
     def _ranks(self) -> list[dict[str, Any]]:
         first = 0

@@ -2,7 +2,7 @@
 
 When one rank dies the others lose it in the middle of a step and end too, often before it has finished
 dying. So the first that ended for a reason of its own is the culprit; one that lost a peer, or was ended by
-us, is not.
+us, is not. A run that is refused is refused by all ranks, and the first of them says why.
 
 Knows nothing of processes.
 """
@@ -60,7 +60,8 @@ def _meaning(code: int) -> str:
 def culprit(ends: Sequence[End]) -> End | None:
     """Of ends in the order of time, the one that tells how the job ended; None: all is done."""
     bad = [end for end in ends if end.code != EXIT_DONE and not end.by_us]
-    own = [end for end in bad if end.code not in (EXIT_PEER, EXIT_STOPPED)]
+    refused = sorted((end for end in bad if end.code == EXIT_USER), key=lambda end: end.rank or 0)
+    own = [end for end in bad if end.code not in (EXIT_PEER, EXIT_STOPPED, EXIT_USER)]
     lost = [end for end in bad if end.code == EXIT_PEER]
     killed = [end for end in ends if end.by_us]
-    return next(iter([*own, *lost, *bad, *killed]), None)
+    return next(iter([*refused, *own, *lost, *bad, *killed]), None)

@@ -16,6 +16,7 @@ import pytest
 
 from prefix_ds.checkpoint import latest, read_prefix
 from prefix_ds.config import config_text
+from prefix_ds.errors import EXIT_PEER
 from tests.ranks import FORKSERVER, free_port, rank_environment
 from tests.workshop import run_config
 
@@ -68,11 +69,11 @@ def long_run(folder, name):
     return path
 
 
-def trained_bytes(folder, name):
+def trained_bytes(run, steps=STEPS):
     """Everything a finished run leaves: its last checkpoint's tensors and its best prefix, bit for bit."""
-    checkpoint = latest(folder / name)
-    assert checkpoint.step == STEPS
-    prefix = read_prefix(folder / name / "prefix")
+    checkpoint = latest(run)
+    assert checkpoint.step == steps
+    prefix = read_prefix(run / "prefix")
     tensors = checkpoint.tensors() | {
         f"{slot}.{n}": t for slot, pair in prefix.slots.items() for n, t in enumerate(pair)
     }
@@ -84,7 +85,7 @@ def undisturbed(folder):
     exit_codes(start(1, ["--help"], folder / "help.log"))  # the fork server loads its packages now, untimed
     began = time.monotonic()
     assert exit_codes(start(2, ["train", str(long_run(folder, "calm"))], folder / "calm.log")) == [0, 0]
-    return trained_bytes(folder, "calm"), time.monotonic() - began
+    return trained_bytes(folder / "calm"), time.monotonic() - began
 
 
 def killed_and_started_again(folder, name, victim, after_seconds):
@@ -99,9 +100,9 @@ def killed_and_started_again(folder, name, victim, after_seconds):
     ranks[1 - victim].kill()
     codes = exit_codes(ranks, 60)
     assert codes[victim] in (-signal.SIGKILL, 0)
-    assert codes[1 - victim] in (-signal.SIGKILL, 0, 1), log.read_text()[-2000:]
+    assert codes[1 - victim] in (-signal.SIGKILL, 0, EXIT_PEER), log.read_text()[-2000:]
     assert exit_codes(start(2, ["train", str(path)], log)) == [0, 0], log.read_text()[-2000:]
-    return trained_bytes(folder, name)
+    return trained_bytes(folder / name)
 
 
 def trials(folder, count, seed):

@@ -1,0 +1,302 @@
+"""What is launched, before it is: hosts, plans, who is to blame; and jobs on this machine, for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.command import Team, rank_environment, teams
+from launcher.ends import End, culprit
+from launcher.here import ssh_plan
+from launcher.hosts import Host, chosen_hosts, hosts_of_file, hosts_of_list
+from launcher.spec import job_spec
+from prefix_ds.config import config_text
+from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER, ConfigError, LaunchError
+from tests.chaos import command_of
+from tests.test_kill import trained_bytes
+from tests.workshop import run_config
+
+HOSTILE = "a b'c\"d $HOME\n`x` ü;&"
+LAUNCH = [sys.executable, "-m", "launcher"]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {name: base}\nprefix: {text: Sum up}\ndata: {train: x.jsonl}\nrun: {folder: runs/x}\n"
+    )
+    return path
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# all\na slots=4\n\nb-1.lan   slots=2 # old\n")
+    assert hosts_of_file(path) == [Host("a", (0, 1, 2, 3)), Host("b-1.lan", (0, 1))]
+    assert hosts_of_list("a,b:2", 3) == [Host("a", (0, 1, 2)), Host("b", (0, 1))]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a slots=2\na slots=2\n", "a: is there twice"),
+        ("a slots=0\n", r"hosts:1: a: 0 slots: expected at least 1"),
+        ("a slots=2\nb\n", r"hosts:2: 'b': expected NAME slots=NUMBER"),
+        ("# none\n", "names no host"),
+        ("-oProxyCommand=x slots=1\n", "ssh would take it for an option"),
+    ],
+)
+def test_a_bad_hostfile_is_one_line(tmp_path, text, said):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(LaunchError, match=said) as error:
+        hosts_of_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_filters_are_deepspeeds():
+    def left(include=None, exclude=None):
+        return chosen_hosts(None, "a:4,b:4,c:2", 1, include, exclude)
+
+    assert left(include="a@c:1") == [Host("a", (0, 1, 2, 3)), Host("c", (1,))]
+    assert left(exclude="a:0,2@b") == [Host("a", (1, 3)), Host("c", (0, 1))]
+    assert not left(include="c:1")[0].has_all
+    for words, said in (
+        ({"include": "d"}, "d: is none of a, b, c"),
+        ({"include": "a:7"}, "a has 4 slots"),
+        ({"include": "a", "exclude": "b"}, "give one of them"),
+        ({"exclude": "a@b@c"}, "names no host"),
+    ):
+        with pytest.raises(LaunchError, match=said):
+            left(**words)
+
+
+def test_filters_agree_with_deepspeeds_own(tmp_path):
+    from deepspeed.launcher.runner import parse_resource_filter
+
+    slots = {"a": list(range(4)), "b": list(range(4)), "c": [0, 1]}
+    for words in ({"include_str": "a@c:1"}, {"exclude_str": "a:0,2@b"}, {"include_str": "b:3"}, {}):
+        theirs = parse_resource_filter({n: list(s) for n, s in slots.items()}, **words)
+        ours = chosen_hosts(None, "a:4,b:4,c:2", 1, words.get("include_str"), words.get("exclude_str"))
+        assert {host.name: list(host.devices) for host in ours} == {n: list(s) for n, s in theirs.items()}
+
+
+def test_ranks_are_numbered_over_the_nodes():
+    first, second = teams([2, 3], "10.0.0.1", 7)
+    assert (first, second) == (Team(0, 2, 5, "10.0.0.1", 7), Team(2, 3, 5, "10.0.0.1", 7))
+    environment = rank_environment(second, 4)
+    assert (
+        environment | {"RANK": "4", "LOCAL_RANK": "2", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "3"}
+        == environment
+    )
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "7")
+    assert rank_environment(Team(0, 2, 2, "a", 7, (1, 3)), 0)["CUDA_VISIBLE_DEVICES"] == "1,3"
+
+
+def end(rank, code, **more):
+    return End("h", rank, code, **more)
+
+
+@pytest.mark.parametrize(
+    ("ends", "blamed"),
+    [
+        ([end(0, 0), end(1, 0)], None),
+        ([end(0, EXIT_PEER), end(1, -9)], 1),  # the first to end is not the first to die
+        ([end(0, EXIT_PEER), end(1, 1), end(2, 1)], 1),
+        ([end(0, -9, by_us=True), end(1, 1)], 1),
+        ([end(1, EXIT_USER), end(0, EXIT_USER)], 0),  # the one that says why
+        ([end(0, EXIT_STOPPED), end(1, EXIT_STOPPED)], 0),
+        ([end(0, EXIT_STOPPED), end(1, EXIT_PEER)], 1),
+        ([end(0, EXIT_PEER), end(1, EXIT_PEER)], 0),
+        ([end(0, -9, by_us=True)], 0),
+    ],
+)
+def test_who_is_to_blame(ends, blamed):
+    found = culprit(ends)
+    assert (found and found.rank) == blamed
+
+
+def test_an_end_is_told_in_words():
+    assert end(3, -11).told() == "h, rank 3: killed by SIGSEGV"
+    assert end(3, -9).exit_code == 137
+    assert "another rank was lost" in end(3, EXIT_PEER).told()
+
+
+def test_a_plan_for_hosts_as_it_is_printed(run_file, monkeypatch):
+    monkeypatch.chdir(run_file.parent)
+    spec = job_spec(Path("run.yaml"), ["train.lr=0.1"], variables=["HF_TOKEN"])
+    hosts = chosen_hosts(None, "a:2,b:2", 1, None, "b:0")
+    plan = ssh_plan(spec, hosts, ssh="ssh -p 2222", python="/opt/python", max_restarts=2, min_nodes=1)
+    golden = (ROOT / "tests" / "plans" / "ssh.yaml").read_text()
+    assert plan.text() == golden.format(folder=run_file.parent)
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(run_file):
+    done = subprocess.run(
+        [*LAUNCH, "local", run_file.name, "--processes", "3", "--dry-run"],
+        cwd=run_file.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "ranks: 0 to 2" in done.stdout
+    assert sorted(path.name for path in run_file.parent.iterdir()) == ["run.yaml"]
+
+
+def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    spec = job_spec(run_file, variables=["HF_TOKEN"])
+    assert "hf_secret" not in ssh_plan(spec, [Host("a", (0,))]).text() + repr(spec)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "said"),
+    [
+        (["mlflow.uri=http://me:pw@host"], {}, "mlflow.uri: has a password in it"),
+        ([], {"variables": ["A=secret"]}, "--env: A: expected the name of a variable"),
+        ([], {"port": 0}, "--port: 0: expected 1 to 65535"),
+        (["train.lr=fast"], {}, "train.lr: 'fast'"),
+    ],
+)
+def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, said):
+    with pytest.raises((LaunchError, ConfigError), match=said) as error:
+        job_spec(run_file, words, **options)
+    assert "secret" not in str(error.value)
+    assert "pw" not in str(error.value)
+
+
+def test_too_few_hosts_for_the_fewest(run_file):
+    with pytest.raises(LaunchError, match="--min-nodes: 3: expected 1 to 1"):
+        ssh_plan(job_spec(run_file), [Host("a", (0,))], min_nodes=3)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["local", "--help"], ["ssh", "--help"]])
+def test_help_loads_nothing_heavy(words):
+    program = (
+        "import sys; from launcher.cli import app\n"
+        f"app({words!r}, standalone_mode=False)\n"
+        "print('LOADED', [n for n in ('torch', 'deepspeed', 'transformers', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip().splitlines()[-1] == "LOADED []"
+
+
+# For real, on this machine.
+
+
+def long_run(folder, *words, steps=200):
+    config = run_config(folder, f"train.max_steps={steps}", "run.save_every=10", "run.valid_every=50", *words)
+    path = folder / "run.yaml"
+    path.write_text(config_text(config))
+    return path
+
+
+def launched(run_file, *words, **options):
+    return subprocess.Popen(
+        [*LAUNCH, "local", str(run_file), *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"PREFIX_DS_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def ranks_of(run_file):
+    """Pids of the ranks of a run, by command line."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if f"-m prefix_ds train {run_file}" in command_of(pid)]
+
+
+def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 90
+    while not any(folder.glob("run/checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_rank_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    done = launched(long_run(calm), "--processes", 2)
+    said, _ = done.communicate(timeout=120)
+    assert done.returncode == 0, said
+    run_file = long_run(tmp_path, f"data.train={calm}/train.jsonl", f"data.valid={calm}/valid.jsonl")
+    process = launched(run_file, f"model.name={calm}/base", "--processes", 2, "--max-restarts", 1)
+    wait_for_checkpoint(tmp_path, process)
+    os.kill(ranks_of(run_file)[-1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "killed by SIGKILL" in said
+    assert "restart 1 of 1" in said
+    assert "going on after step" in said
+    assert trained_bytes(tmp_path / "run", 200) == trained_bytes(calm / "run", 200)
+    logs = sorted(path.name for path in (tmp_path / "run-logs").iterdir())
+    assert [name.rpartition("-rank-")[2] for name in logs] == ["0.log", "1.log"]
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_nothing_that_runs(tmp_path):
+    run_file = long_run(tmp_path, steps=5000)
+    process = launched(run_file, "--processes", 2)
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, said
+    assert "every rank writes a checkpoint" in said
+    process = launched(run_file, "--processes", 2)
+    while not ranks_of(run_file):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert not ranks_of(run_file)
+
+
+def test_ranks_do_not_outlive_a_launcher_or_an_agent_that_is_killed(tmp_path):
+    run_file = long_run(tmp_path, steps=5000)
+    for victim in ("launcher", "agent"):
+        process = launched(run_file, "--processes", 2)
+        while len(ranks_of(run_file)) < 2:
+            time.sleep(0.05)
+        agent = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+        os.kill(agent if victim == "agent" else process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+        deadline = time.monotonic() + 15
+        while ranks_of(run_file) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not ranks_of(run_file)
+    assert process.returncode == EXIT_PEER
+
+
+def test_a_refused_run_is_refused_in_one_line_and_not_started_again(tmp_path):
+    run_file = long_run(tmp_path, "data.train=/nowhere.jsonl")
+    process = launched(run_file, "--processes", 2, "--max-restarts", 3)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_USER
+    assert said.count("no such file") == 1
+    assert "restart" not in said
+
+
+def test_hostile_names_arrive_as_they_are(tmp_path):
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    config = run_config(tmp_path, "train.max_steps=4")
+    run = config.run.model_copy(update={"folder": str(folder / "run")})
+    (folder / "run.yaml").write_text(config_text(config.model_copy(update={"run": run})))
+    process = launched(folder / "run.yaml", "--processes", 1)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert (folder / "run" / "prefix").is_dir()
