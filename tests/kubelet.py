@@ -85,6 +85,7 @@ class Pod:
     log: Path
     hosts_file: Path
     is_disrupted: bool = False
+    is_killed: bool = False
     kill_at: float = float("inf")
 
     @property
@@ -93,12 +94,15 @@ class Pod:
 
     @property
     def code(self):
-        """The container's exit code, None while it runs."""
+        """The container's exit code, None while it runs. (unshare has no code for a child that is killed.)"""
         code = self.process.poll()
-        return code if code is None or code >= 0 else 128 - code
+        if code is None:
+            return None
+        return 128 + signal.SIGKILL if self.is_killed and code == 1 else code if code >= 0 else 128 - code
 
     def signal(self, number):
         """To the container's first process."""
+        self.is_killed |= number == signal.SIGKILL
         pid = self.process.pid
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             os.kill(int(child), number)
@@ -350,7 +354,8 @@ def _volume_folder(job, volume, folder, cluster):
     else:
         source = folder / volume["name"]
         source.mkdir()
-    run("chown", "-R", f"{job.pod_spec['securityContext']['fsGroup']}:", source)
+    run("chgrp", "-R", job.pod_spec["securityContext"]["fsGroup"], source)
+    run("chmod", "-R", "g+rwX", source)
     return source
 
 
