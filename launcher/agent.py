@@ -73,6 +73,17 @@ class Agent:
         assert self.process.stdin is not None
         await wire.send(self.process.stdin, message)
 
+    async def asked(self, message: wire.Message, name: str) -> Any:
+        """Its answer to a question. Raises LaunchError, naming the host."""
+        await self.send(message)
+        assert self.process.stdout is not None
+        try:
+            async for answer in wire.received(self.process.stdout):
+                return answer[name]
+        except wire.SilentError:
+            pass
+        raise LaunchError(f"{self.name}: {await self.last_words()}")
+
     async def listen(self, queue: "asyncio.Queue[tuple[Agent, wire.Message]]") -> None:
         """Hands on what it says, and `{"gone": reason}` as the last."""
         assert self.process.stdout is not None

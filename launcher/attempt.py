@@ -6,7 +6,7 @@ all are ended. Knows nothing of restarts.
 
 import asyncio
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 from launcher import wire
@@ -23,8 +23,15 @@ _MAX_WAITING = 1000  # messages: an agent that says more is heard later
 class Attempt:
     """Ranks on hosts whose agents have answered."""
 
-    def __init__(self, agents: Sequence[Agent], words: Sequence[str], master: str | None) -> None:
-        """`words`: arguments of prefix-ds. `master`: the first host's address; None: where we reached it."""
+    def __init__(
+        self,
+        agents: Sequence[Agent],
+        words: Sequence[str],
+        master: str | None,
+        show: Callable[[str], None] | None = None,
+    ) -> None:
+        """`words`: arguments of prefix-ds. `master`: the first host's address; None: where we reached it.
+        `show` gets what the ranks say, with host and rank; None: it goes to the terminal."""
         first = agents[0].hello
         sizes = [len(agent.member.host.devices) for agent in agents]
         self._agents, self._words = agents, words
@@ -32,7 +39,7 @@ class Attempt:
         self._running = {
             agent.name: set(team.ranks()) for agent, team in zip(agents, self._teams, strict=True)
         }
-        self._is_alone = sum(sizes) == 1
+        self._is_alone, self._show = sum(sizes) == 1, show or _say
         self._settling: asyncio.Task[None] | None = None
 
     async def run(self) -> list[End]:
@@ -60,7 +67,7 @@ class Attempt:
         running = self._running[agent.name]
         match message:
             case {"line": [rank, line]}:
-                _say(line if self._is_alone else f"[{agent.name}:{rank}] {line}")
+                self._show(line if self._is_alone else f"[{agent.name}:{rank}] {line}")
             case {"end": end}:
                 running.discard(end["rank"])
                 yield End(**end | {"host": agent.name, "tail": tuple(end["tail"])})

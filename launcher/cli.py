@@ -32,6 +32,16 @@ Env = Annotated[
 Restarts = Annotated[int, typer.Option(min=0, help="starts after a rank, a host or the network has died")]
 Grace = Annotated[float, typer.Option(help="for a checkpoint, when the job is stopped")]
 Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; none: a free one")]
+Hostfile = Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")]
+HostNames = Annotated[str | None, typer.Option(help="a,b or a:4,b:4")]
+Slots = Annotated[int, typer.Option(help="ranks of a host of --hosts that says no number")]
+Include = Annotated[str | None, typer.Option(help="hosts and devices to use: a@b:0,2")]
+Exclude = Annotated[str | None, typer.Option(help="hosts and devices to leave out")]
+SshCommand = Annotated[str, typer.Option("--ssh", help="ssh, with options")]
+PythonPath = Annotated[str | None, typer.Option(help="on every host; none: the path of this one")]
+Master = Annotated[
+    str | None, typer.Option(help="address of the first host for the others; none: where ssh reaches it")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be started")]
 
 
@@ -50,9 +60,9 @@ def local(
     """Run on this machine: a process for each GPU."""
     from launcher.here import local_plan
     from launcher.spec import job_spec
-    from launcher.survey import num_gpus
+    from launcher.survey import gpus
 
-    spec = job_spec(run_file, overrides or [], ranks_per_node=processes or num_gpus() or 1, port=port)
+    spec = job_spec(run_file, overrides or [], ranks_per_node=processes or len(gpus()) or 1, port=port)
     plan = local_plan(spec, max_restarts=max_restarts, grace_seconds=grace_seconds)
     _show_or_submit(plan, dry_run)
 
@@ -61,17 +71,15 @@ def local(
 def ssh(
     run_file: RunFile,
     overrides: Overrides = None,
-    hostfile: Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")] = None,
-    hosts: Annotated[str | None, typer.Option(help="a,b or a:4,b:4")] = None,
-    slots: Annotated[int, typer.Option(help="ranks of a host of --hosts that says no number")] = 1,
-    include: Annotated[str | None, typer.Option(help="hosts and devices to use: a@b:0,2")] = None,
-    exclude: Annotated[str | None, typer.Option(help="hosts and devices to leave out")] = None,
+    hostfile: Hostfile = None,
+    hosts: HostNames = None,
+    slots: Slots = 1,
+    include: Include = None,
+    exclude: Exclude = None,
     env: Env = None,
-    ssh_command: Annotated[str, typer.Option("--ssh", help="ssh, with options")] = "ssh",
-    python: Annotated[str | None, typer.Option(help="on every host; none: the path of this one")] = None,
-    master: Annotated[
-        str | None, typer.Option(help="address of the first host for the others; none: where ssh reaches it")
-    ] = None,
+    ssh_command: SshCommand = "ssh",
+    python: PythonPath = None,
+    master: Master = None,
     port: Port = None,
     max_restarts: Restarts = 0,
     min_nodes: Annotated[int | None, typer.Option(help="hosts enough for a restart; none: all")] = None,
@@ -92,6 +100,34 @@ def ssh(
     }
     chosen = chosen_hosts(hostfile, hosts, slots, include, exclude)
     _show_or_submit(ssh_plan(spec, chosen, ssh=ssh_command, python=python, **how), dry_run)
+
+
+@app.command()
+def doctor(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    hosts: HostNames = None,
+    slots: Slots = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    ssh_command: SshCommand = "ssh",
+    python: PythonPath = None,
+    master: Master = None,
+    port: Port = None,
+) -> None:
+    """Look at the hosts of a job before it is started: versions, files, devices, clocks, disks, links."""
+    from rich.console import Console
+
+    from launcher.doctor import examine
+    from launcher.here import ssh_plan
+    from launcher.hosts import chosen_hosts
+    from launcher.spec import job_spec
+
+    spec = job_spec(run_file, overrides or [], port=port)
+    chosen = chosen_hosts(hostfile, hosts, slots, include, exclude)
+    plan = ssh_plan(spec, chosen, ssh=ssh_command, python=python, master=master)
+    raise typer.Exit(examine(plan, spec.config, Console()))
 
 
 def _show_or_submit(plan: "CrewPlan", dry_run: bool) -> None:

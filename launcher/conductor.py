@@ -30,7 +30,10 @@ def submit(plan: CrewPlan) -> int:
     for name in plan.variables:
         if name not in os.environ:
             raise LaunchError(f"--env: {name}: is not set here")
-    return asyncio.run(_Conductor(plan).run())
+    try:
+        return asyncio.run(_Conductor(plan).run())
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over: a Ctrl-C more would only hide the code
 
 
 class _Conductor:
@@ -129,14 +132,8 @@ class _Conductor:
         return [answer for answer in answers if isinstance(answer, LaunchError)]
 
     def _order(self, member: Member) -> dict[str, Any]:
-        plan = self._plan
-        return {
-            "folder": str(plan.folder),
-            "run_file": str(plan.run_file),
-            "logs": str(plan.logs),
-            "environment": {name: os.environ[name] for name in plan.variables},
-            "port": plan.port if member is plan.members[0] else None,
-        }
+        environment = {name: os.environ[name] for name in self._plan.variables}
+        return self._plan.order(environment, self._plan.port if member is self._plan.members[0] else None)
 
 
 async def _dismiss(agents: Any) -> None:

@@ -42,6 +42,16 @@ class CrewPlan:
         """Hosts without which it does not run."""
         return len(self.members) if self.min_nodes is None else self.min_nodes
 
+    def order(self, environment: dict[str, str], port: int | None) -> dict[str, Any]:
+        """What an agent is told first."""
+        return {
+            "folder": str(self.folder),
+            "run_file": str(self.run_file),
+            "logs": str(self.logs),
+            "environment": environment,
+            "port": port,
+        }
+
     def text(self) -> str:
         """For people: YAML."""
         shown = {

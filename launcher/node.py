@@ -157,6 +157,16 @@ async def _standard_streams() -> tuple[asyncio.StreamReader, asyncio.StreamWrite
     return reader, asyncio.StreamWriter(transport, protocol, None, loop)
 
 
+def _surveyed(asked: wire.Message) -> wire.Message:
+    """What a doctor wants to know beyond the hello."""
+    return {
+        "files": survey.files(asked["paths"]),
+        "gpus": survey.gpus(),
+        "free_gib": survey.free_gib(Path(asked["folder"])),
+        "time": time.time(),
+    }
+
+
 class _Obeying:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -184,6 +194,8 @@ class _Obeying:
         match message:
             case {"order": order}:
                 await self._tell(self._answer(order))
+            case {"survey": asked}:
+                await self._tell({"survey": _surveyed(asked)})
             case {"team": team, "words": words}:
                 self._running = asyncio.ensure_future(self._run(Team(**team), words))
             case {"stop": seconds} if self._ranks is not None:

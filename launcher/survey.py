@@ -6,6 +6,7 @@ Knows nothing of jobs.
 import hashlib
 import os
 import platform
+import shutil
 import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,32 @@ def digest(file: Path) -> str | None:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+def files(paths: list[str]) -> dict[str, str | None]:
+    """For each path a hash of the names and sizes below it; None: there is nothing."""
+    return {path: _names_and_sizes(Path(path)) for path in paths}
+
+
+def _names_and_sizes(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    lines = [f"{p.relative_to(path)} {p.stat().st_size}\n" for p in below]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def free_gib(folder: Path) -> float:
+    """Of the disk a folder is on, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 2**30
+
+
+def gpus() -> list[str]:
+    """Their names, as NVIDIA's driver gives them; no library is asked."""
+    texts = [path.read_text() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    return [text.partition("Model:")[2].partition("\n")[0].strip() for text in texts]
 
 
 def own_address() -> str:
@@ -67,8 +94,3 @@ def interface_towards(host: str) -> str | None:
         if any(a.address.partition("%")[0] == mine for a in addresses):
             return name
     return None
-
-
-def num_gpus() -> int:
-    """NVIDIA's, as the driver lists them; no library is asked."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

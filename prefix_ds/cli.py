@@ -165,6 +165,14 @@ def sync(run: Run) -> None:
 
 
 @app.command()
+def links() -> None:
+    """Measure how fast the ranks of a job reach each other (prefix-launch doctor runs it)."""
+    from prefix_ds.links import links as measure
+
+    measure()
+
+
+@app.command()
 def demo(folder: Annotated[Path, typer.Argument(help="where its runs go")] = Path("runs/demo")) -> None:
     """The whole story on a laptop's CPU, offline, in about three minutes."""
     from prefix_ds.demo import demo as tell

@@ -17,7 +17,7 @@ FLOORS = [
     {"model", "loading", "logs", "run_folder"},
     {"engine", "initial", "result", "suitability"},
     {"loop", "memory", "opening", "export"},
-    {"train", "generate", "check", "init", "importing", "plan"},
+    {"train", "generate", "check", "init", "importing", "plan", "links"},
     {"demo"},
     {"cli"},
     {"__main__"},
