@@ -1,4 +1,4 @@
-"""Plays the part of Kubernetes that runs an Indexed Job: the Job's controller, kubelet and DNS, on this machine.
+"""Plays what of Kubernetes runs an Indexed Job: the Job's controller, kubelet and DNS, on this machine.
 
     with Cluster(folder, {"runs": a_folder}) as cluster:
         job = cluster.submit(manifests)
@@ -44,7 +44,9 @@ def missing():
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
         return f"pods need {', '.join(lacking)}: apt-get install iproute2 util-linux"
-    tried = subprocess.run(["unshare", "-m", "-n", "-p", "-u", "-f", "true"], capture_output=True, check=False)
+    tried = subprocess.run(
+        ["unshare", "-m", "-n", "-p", "-u", "-f", "true"], capture_output=True, check=False
+    )
     return "" if tried.returncode == 0 else "namespaces cannot be made here"
 
 
@@ -150,7 +152,9 @@ class Job:
         """Takes a pod away as a drained node does; with a grace of 0, as one that is lost."""
         pod = next(pod for pod in self.pods if pod.index == index)
         pod.is_disrupted = True
-        self._stop(pod, self.pod_spec["terminationGracePeriodSeconds"] if grace_seconds is None else grace_seconds)
+        self._stop(
+            pod, self.pod_spec["terminationGracePeriodSeconds"] if grace_seconds is None else grace_seconds
+        )
 
     def crash(self, index):
         """Kills a pod's first process, as the kernel does when memory is short."""
@@ -245,7 +249,18 @@ class Cluster:
         log, hosts_file = folder / "log", folder / "hosts"
         hosts_file.touch()
         script = _script(job, index, folder, self)
-        words = ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
+        words = [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "unshare",
+            "--mount",
+            "--uts",
+            "--pid",
+            "--fork",
+            "--kill-child",
+        ]
         with log.open("wb") as output:
             process = subprocess.Popen([*words, "sh", "-euc", script], stdout=output, stderr=output)
         pod = Pod(index, self._count, address, f"{job.name}-{index}", process, log, hosts_file)
@@ -259,6 +274,9 @@ class Cluster:
             self._tell_names(job, job.pods)
 
     def _cable(self, name, link, address):
+        subprocess.run(
+            ["ip", "link", "del", link], capture_output=True, check=False
+        )  # of a namespace that lingers
         run("ip", "netns", "add", name)
         run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
         run("ip", "link", "set", link, "master", BRIDGE, "up")
@@ -270,7 +288,8 @@ class Cluster:
         """The headless Service's records, and each pod's own name as kubelet writes it, in the same file."""
         service, namespace = job.pod_spec["subdomain"], job.manifest["metadata"]["namespace"]
         records = [
-            f"{pod.address} {pod.host}.{service}.{namespace}.svc.cluster.local {pod.host}.{service}" for pod in pods
+            f"{pod.address} {pod.host}.{service}.{namespace}.svc.cluster.local {pod.host}.{service}"
+            for pod in pods
         ]
         for pod in pods:
             lines = ["127.0.0.1 localhost", *records, f"{pod.address} {pod.host}"]
@@ -288,7 +307,12 @@ def _script(job, index, folder, cluster):
     words = [expanded(word, environment) for word in [*container["command"], *container.get("args", [])]]
     setpriv = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs"]
     setpriv += ["--bounding-set=-all", "--inh-caps=-all"]
-    inside = ["env", "-i", f"--chdir={container['workingDir']}", *(f"{k}={v}" for k, v in environment.items())]
+    inside = [
+        "env",
+        "-i",
+        f"--chdir={container['workingDir']}",
+        *(f"{k}={v}" for k, v in environment.items()),
+    ]
     return "\n".join(
         [
             f"hostname {job.name}-{index}",
@@ -296,7 +320,9 @@ def _script(job, index, folder, cluster):
             *_image_mounts(root, folder / "hosts"),
             *_volume_mounts(job, container, folder, root, cluster),
             f"mkdir {quote(root)}/proc && mount -t proc proc {quote(root)}/proc",
-            f"mount -o remount,ro {quote(root)}" if container["securityContext"]["readOnlyRootFilesystem"] else "",
+            f"mount -o remount,ro {quote(root)}"
+            if container["securityContext"]["readOnlyRootFilesystem"]
+            else "",
             f"exec chroot {quote(root)} {shlex.join([*setpriv, *inside, *words])}",
         ]
     )
@@ -335,7 +361,8 @@ def _volume_mounts(job, container, folder, root, cluster):
         volume, target = volumes[mount["name"]], f"{root}{mount['mountPath']}"
         if volume.get("emptyDir", {}).get("medium") == "Memory":
             size = bytes_of(volume["emptyDir"]["sizeLimit"])
-            yield f"mkdir -p {shlex.quote(target)} && mount -t tmpfs -o size={size},mode=1777 tmpfs {shlex.quote(target)}"
+            place = shlex.quote(target)
+            yield f"mkdir -p {place} && mount -t tmpfs -o size={size},mode=1777 tmpfs {place}"
         else:
             source = _volume_folder(job, volume, folder, cluster)
             yield _bound(source, target, "bind,ro" if mount.get("readOnly") else "bind")

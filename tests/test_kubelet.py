@@ -55,7 +55,9 @@ def test_the_policy_of_the_manifest_says_which_ends_count(tmp_path):
     path.write_text("model: {name: x}\nprefix: {text: x}\ndata: {train: x.jsonl, target: '{x}'}\n")
     spec = job_spec(path)
     job = list(yaml.safe_load_all(plan(spec, KubernetesOptions("image")).text()))[-1]["spec"]
-    alone = {code: action_for(job, code, False) for code in (EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER, 137)}
+    alone = {
+        code: action_for(job, code, False) for code in (EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER, 137)
+    }
     assert alone == {1: "FailJob", 2: "FailJob", 75: "Ignore", 76: "Count", 137: "Count"}
     assert {action_for(job, code, True) for code in (1, 75, 137, 143)} == {"Ignore"}
 
