@@ -1,5 +1,8 @@
 """Pods of a rendered manifest train, are taken away and replaced by its own policy, and nothing is lost."""
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from launcher.kubernetes.plan import plan
 from launcher.spec import job_spec
 from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_BUG, EXIT_PEER, EXIT_STOPPED, EXIT_USER
-from tests.kubelet import Cluster, action_for, missing, showing_logs
+from tests.kubelet import ROOT, Cluster, action_for, missing, showing_logs
 from tests.ranks import command
 from tests.test_kill import STEPS, trained_bytes
 from tests.workshop import run_config
@@ -82,7 +85,7 @@ def test_pods_that_are_taken_away_cost_nothing_but_time(claim, tmp_path, monkeyp
             assert not job.is_failed
             assert job.done == {0, 1}
     assert job.ended[2:4] == [(0, 137, "Ignore"), (1, EXIT_PEER, "Count")]
-    assert trained_bytes(claim, "wild") == trained_bytes(claim, "calm")
+    assert trained_bytes(claim / "wild") == trained_bytes(claim / "calm")
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "none")
@@ -96,3 +99,22 @@ def test_a_users_mistake_ends_the_job_at_once(claim, tmp_path):
             assert (EXIT_USER, "FailJob") in {(code, action) for _, code, action in job.ended}
             said = "".join(path.read_text() for path in Path(pods).glob("*/log"))
             assert "nothing.jsonl" in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_STOPPED), (None, EXIT_PEER)])
+def test_a_pod_that_waits_for_the_first_one_is_no_users_mistake(number, code):
+    program = "import launcher.node as node; node._NAME_SECONDS = 3; node.main()"
+    words = ["--nodes=2", "--node=1", "--master=nowhere.invalid:29500", "--", "train", "run.yaml"]
+    waiting = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while number is not None and waiting.poll() is None and not catches(waiting.pid, number):
+        time.sleep(0.05)
+    if number is not None:
+        waiting.send_signal(number)
+    assert waiting.wait(30) == code
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
