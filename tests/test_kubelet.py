@@ -1,6 +1,8 @@
 """Pods of a rendered manifest train, are taken away and replaced by its own policy, and nothing is lost."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,3 +120,14 @@ def catches(pid, number):
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_a_peer_that_is_lost_while_ranks_meet_is_no_bug():
+    program = "from prefix_ds.dist import joined_world\nwith joined_world(0.1): pass"
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = os.environ | world | {"MASTER_PORT": str(first.getsockname()[1])}
+        words = [sys.executable, "-c", program]
+        arrived = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        first.accept()[0].close()
+    assert "PeerLost: another rank is gone" in arrived.communicate(timeout=60)[1]
