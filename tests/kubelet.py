@@ -105,9 +105,18 @@ class Pod:
     def signal(self, number):
         """To the container's first process."""
         self.is_killed |= number == signal.SIGKILL
+        for pid in self.first_process():
+            os.kill(pid, number)
+
+    def first_process(self):
+        """Its pid on this machine; nothing when it has ended."""
         pid = self.process.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            os.kill(int(child), number)
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def told(self, file):
+        """What the kernel tells of the first process in /proc."""
+        (pid,) = self.first_process()
+        return Path(f"/proc/{pid}/{file}").read_text()
 
 
 @dataclass
@@ -155,10 +164,6 @@ class Job:
         self._stop(
             pod, self.pod_spec["terminationGracePeriodSeconds"] if grace_seconds is None else grace_seconds
         )
-
-    def crash(self, index):
-        """Kills a pod's first process, as the kernel does when memory is short."""
-        next(pod for pod in self.pods if pod.index == index).signal(signal.SIGKILL)
 
     def _stop(self, pod, grace_seconds):
         pod.signal(signal.SIGTERM if grace_seconds else signal.SIGKILL)

@@ -22,6 +22,7 @@ from tests.test_kill import STEPS, trained_bytes
 from tests.workshop import run_config
 
 IMAGE = {"PREFIX_DS_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+SECRETS = {"hub": {"HF_TOKEN": "hf_$(HOME)"}}
 
 
 @pytest.fixture
@@ -34,10 +35,10 @@ def claim(tmp_path):
     return folder
 
 
-def manifests_of(claim, *overrides, **changes):
-    spec = job_spec(claim / "run.yaml", overrides, num_nodes=2)
+def manifests_of(claim, *overrides):
+    spec = job_spec(claim / "run.yaml", overrides, num_nodes=2, variables=["HF_TOKEN"])
     options = KubernetesOptions(
-        "this-machine", gpus_per_node=0, runs_claim="runs", shm="256Mi", grace_seconds=60, **changes
+        "this-machine", gpus_per_node=0, runs_claim="runs", shm="256Mi", grace_seconds=60, env_secret="hub"
     )
     return list(yaml.safe_load_all(plan(spec, options).text()))
 
@@ -73,7 +74,7 @@ def test_pods_that_are_taken_away_cost_nothing_but_time(claim, tmp_path, monkeyp
     for ended in command("train", "run.yaml", "run.folder=calm", size=2):
         assert ended.code == 0, ended.err
     pods = tmp_path / "pods"
-    with Cluster(pods, {"runs": claim}, image=IMAGE) as cluster:
+    with Cluster(pods, {"runs": claim}, SECRETS, IMAGE) as cluster:
         job = cluster.submit(manifests_of(claim, "run.folder=wild"))
         with showing_logs(job, pods):
             until(job, lambda: steps_done(claim / "wild") >= 4)
@@ -90,10 +91,24 @@ def test_pods_that_are_taken_away_cost_nothing_but_time(claim, tmp_path, monkeyp
     assert trained_bytes(claim / "wild") == trained_bytes(claim / "calm")
 
 
+def check_process(pod):
+    """The first process is what the manifest says: whom it runs as, and what is in its environment."""
+    status = dict(line.split(":\t") for line in pod.told("status").splitlines() if ":\t" in line)
+    assert status["Uid"].split() == ["10001"] * 4
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert {"HF_TOKEN=hf_$(HOME)", "HOME=/home/prefix"} <= set(pod.told("environ").split("\0"))
+    mounts = {line.split()[4]: line.split()[5] for line in pod.told("mountinfo").splitlines()}
+    writable = {path: options.startswith("rw") for path, options in mounts.items()}
+    assert not writable["/"]
+    assert not writable["/config"]
+    assert all(writable[path] for path in ("/work", "/tmp", "/dev/shm", "/home/prefix"))
+
+
 @pytest.mark.skipif(bool(missing()), reason=missing() or "none")
 def test_a_users_mistake_ends_the_job_at_once(claim, tmp_path):
     pods = tmp_path / "pods"
-    with Cluster(pods, {"runs": claim}, image=IMAGE) as cluster:
+    with Cluster(pods, {"runs": claim}, SECRETS, IMAGE) as cluster:
         job = cluster.submit(manifests_of(claim, "data.train=nothing.jsonl"))
         with showing_logs(job, pods):
             until(job, lambda: False)

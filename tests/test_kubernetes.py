@@ -468,6 +468,16 @@ def test_a_job_that_is_there_is_not_submitted_again(run_file, kubectl):
     assert not (kubectl / "applied").exists()
 
 
+def test_anothers_service_of_the_same_name_is_left_alone(run_file, kubectl):
+    program = kubectl / "kubectl"
+    program.write_text(
+        program.read_text() + '[ "$2" != services,networkpolicies,serviceaccounts ] || echo service/x\n'
+    )
+    with pytest.raises(LaunchError, match="service/x: is not a job's of ours"):
+        backend.submit(plan(job_spec(run_file), options()))
+    assert not (kubectl / "applied").exists()
+
+
 def test_what_kubectl_complains_about_is_told(run_file, kubectl):
     (kubectl / "apply.fails").write_text("a warning\nerror: connection refused\n")
     with pytest.raises(LaunchError, match="kubectl apply: error: connection refused"):
@@ -477,7 +487,8 @@ def test_what_kubectl_complains_about_is_told(run_file, kubectl):
 def test_status_and_cancel_ask_for_kinds_that_the_cluster_knows(kubectl):
     (kubectl / "api-resources.says").write_text("configmaps\npods\njobs.batch\nservices\n")
     (kubectl / "delete.says").write_text("job deleted\n")
-    backend.status("my-run", "training")
+    (kubectl / "get.says").write_text("my-run Running\n")
+    assert backend.status("my-run", "training") == "my-run Running\n"
     assert backend.cancel("my-run", "training") == "job deleted\n"
     picked = (
         "--namespace=training --selector=app.kubernetes.io/name=prefix-ds,app.kubernetes.io/instance=my-run"
@@ -488,10 +499,11 @@ def test_status_and_cancel_ask_for_kinds_that_the_cluster_knows(kubectl):
     ]
 
 
-def test_a_job_that_is_not_there_cannot_be_cancelled(kubectl):
+@pytest.mark.parametrize("ask", [backend.status, backend.cancel])
+def test_a_job_that_is_not_there_is_told(kubectl, ask):
     (kubectl / "delete.says").write_text("No resources found\n")
     with pytest.raises(LaunchError, match="my-run: no such job in namespace training"):
-        backend.cancel("my-run", "training")
+        ask("my-run", "training")
 
 
 def test_logs_name_their_pod(kubectl, capfd):

@@ -20,23 +20,29 @@ _OF_A_JOB = (  # owners first
     "configmaps",
     "serviceaccounts",
 )
+_NOT_TO_BE_TAKEN = "services,networkpolicies,serviceaccounts"  # a run named `mlflow` would change MLflow's
 _SHOWN = (*_OF_A_JOB[:4], "pods")
 
 
 def submit(plan: KubernetesPlan) -> str:
-    """Applies the manifests; what kubectl says. Raises LaunchError, also if the job is there already."""
-    where = ("--namespace", plan.namespace)
-    if _kubectl("get", plan.kind, plan.name, *where, "--ignore-not-found", "--output=name").strip():
+    """Applies the manifests; what kubectl says. Raises LaunchError, also for a name that is taken."""
+    where = f"--namespace={plan.namespace}"
+    if _kubectl("get", plan.kind, plan.name, where, "--ignore-not-found", "--output=name").strip():
         raise LaunchError(
             f"{plan.kind} {plan.name}: is in namespace {plan.namespace} already: cancel it first (its run "
             "folder stays, and the new one goes on from its checkpoint), or give this one another --name"
         )
-    return _kubectl("apply", *where, "--filename=-", given=plan.text())
+    words = [f"--field-selector=metadata.name={plan.name}", "--selector=app.kubernetes.io/name!=prefix-ds"]
+    others = _kubectl("get", _NOT_TO_BE_TAKEN, where, *words, "--output=name").split()
+    if others:
+        raise LaunchError(f"{others[0]}: is not a job's of ours: give this one another --name")
+    return _kubectl("apply", where, "--filename=-", given=plan.text())
 
 
 def status(name: str, namespace: str) -> str:
     """The job and its pods, as kubectl shows them. Raises LaunchError."""
-    return _kubectl("get", _known(_SHOWN), *_picked(name, namespace), "--output=wide")
+    said = _kubectl("get", _known(_SHOWN), *_picked(name, namespace), "--output=wide")
+    return _found(said, name, namespace)
 
 
 def logs(name: str, namespace: str, *, follow: bool = False) -> int:
@@ -51,6 +57,10 @@ def logs(name: str, namespace: str, *, follow: bool = False) -> int:
 def cancel(name: str, namespace: str) -> str:
     """Deletes all objects of the job; its pods get their time for a checkpoint. Raises LaunchError."""
     said = _kubectl("delete", _known(_OF_A_JOB), *_picked(name, namespace), "--wait=false")
+    return _found(said, name, namespace)
+
+
+def _found(said: str, name: str, namespace: str) -> str:
     if not said.strip() or said.startswith("No resources found"):
         raise LaunchError(f"{name}: no such job in namespace {namespace}")
     return said
@@ -63,7 +73,7 @@ def _picked(name: str, namespace: str) -> tuple[str, ...]:
 
 def _known(resources: Sequence[str]) -> str:
     """Those that the cluster has: of the operators' kinds it may know none."""
-    known = {f"{line.strip()}" for line in _kubectl("api-resources", "--output=name").splitlines()}
+    known = set(_kubectl("api-resources", "--output=name").split())
     return ",".join(name for name in resources if name in known)
 
 
@@ -78,7 +88,7 @@ def _kubectl(*words: str, given: str | None = None) -> str:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise LaunchError(f"kubectl {words[0]}: {lines[-1]}")
-    return done.stdout or done.stderr
+    return done.stdout
 
 
 def _no_kubectl() -> LaunchError:
