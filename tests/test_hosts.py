@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,10 +83,14 @@ def test_deepspeeds_own_launcher_works_too(hosts, work, tmp_path):
     hostfile = replace(hosts, all=hosts.all[:2], folder=tmp_path).hostfile()
     words = ["--hostfile", hostfile, "--master_addr", hosts.all[0].address, "--module", "prefix_ds", "train"]
     program = "import sys; from deepspeed.launcher.runner import main; main(sys.argv[1:])"
-    pdsh = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": hosts.ssh.removeprefix("ssh ")}
+    ssh = tmp_path / "bin" / "ssh"  # it calls `ssh NAME`, which a user's ~/.ssh/config makes work
+    ssh.parent.mkdir()
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {hosts.ssh.removeprefix("ssh ")} "$@"\n')
+    ssh.chmod(0o755)
+    variables = {"HOME": str(tmp_path), "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, words), work / "run.yaml", f"run.folder={work}/deepspeed"],
-        env=os.environ | pdsh | {"HOME": str(tmp_path)},
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=180,
