@@ -110,8 +110,8 @@ class Pod:
 
     def first_process(self):
         """Its pid on this machine; nothing when it has ended."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(child) for child in children.read_text().split()] if self.code is None else []
 
     def told(self, file):
         """What the kernel tells of the first process in /proc."""
