@@ -221,7 +221,7 @@ class Cluster:
 
     def __exit__(self, *_):
         for pod in [pod for job in self.jobs for pod in job.pods]:
-            pod.process.kill()  # and with it, all in its namespace
+            pod.signal(signal.SIGKILL)  # and with it ends all in its namespace
             pod.process.wait()
         self._take_down()
 
