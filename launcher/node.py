@@ -14,6 +14,7 @@ Knows nothing of ssh, Slurm or Kubernetes.
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ from launcher import survey, wire
 from launcher.command import Team
 from launcher.ends import End, culprit
 from launcher.ranks import Ranks
-from prefix_ds.errors import EXIT_DONE, LaunchError, PrefixError
+from prefix_ds.errors import EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError, PeerLost, PrefixError
 
 SETTLE_SECONDS = 5.0  # after one rank's end, for the others to say why they end
 _ALONE_SECONDS, _SILENT_SECONDS = 8.0, 2.0  # for a checkpoint when the launcher is gone, or the link
@@ -43,7 +44,10 @@ def main() -> None:
         sys.exit(asyncio.run(_obey() if asked.ordered else _alone(asked)))
     except PrefixError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        sys.exit(EXIT_USER)
+    except PeerLost as lost:
+        print(lost, file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_PEER)
 
 
 def _arguments() -> argparse.Namespace:
@@ -64,15 +68,19 @@ async def _alone(asked: argparse.Namespace) -> int:
     host, _, port = asked.master.rpartition(":")
     number = _number(asked)
     team = Team(number * asked.ranks, asked.ranks, asked.nodes * asked.ranks, host, int(port))
-    await _known(host)
     ranks = Ranks(team, asked.words, asked.logs, _say_for)
     stopping: list[asyncio.Task[None]] = []
+    is_asked = asyncio.Event()
 
     def stop() -> None:
+        is_asked.set()
         stopping.append(asyncio.ensure_future(ranks.stop(asked.grace_seconds)))
 
     for signal_ in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_, stop)
+    await _known(host, is_asked)
+    if is_asked.is_set():  # as a container's first process, it would not end by itself
+        return EXIT_STOPPED
     ends = await _all_ends(ranks, team, os.environ)
     last = culprit(ends)
     if last is None:
@@ -101,17 +109,18 @@ def _number(asked: argparse.Namespace) -> int:
     return number
 
 
-async def _known(host: str) -> None:
-    """Returns when the name has an address: a pod's has none until it runs. Raises LaunchError."""
+async def _known(host: str, is_asked: asyncio.Event) -> None:
+    """Returns when the name has an address, as a pod's has once it runs, or on request. Raises PeerLost."""
     deadline = time.monotonic() + _NAME_SECONDS
-    while True:
+    while not is_asked.is_set():
         try:
             await asyncio.get_running_loop().getaddrinfo(host, None)
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LaunchError(f"--master: {host}: {error.strerror or error}") from None
-        await asyncio.sleep(1)
+                raise PeerLost(f"--master: {host}: {error.strerror or error}") from None
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(is_asked.wait(), 1)
 
 
 async def _all_ends(ranks: Ranks, team: Team, environment: Mapping[str, str]) -> list[End]:

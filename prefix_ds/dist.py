@@ -31,6 +31,8 @@ _PEER_IS_GONE = (
     "NCCL",
     "Broken pipe",
     "gloo/transport",
+    "likely closed",
+    "timed out",
 )
 
 
@@ -100,13 +102,14 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
     )
     alone = group.HashStore() if size == 1 else None  # type: ignore[attr-defined]
-    group.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
-        store=alone,
-        rank=rank if alone else -1,
-        world_size=size if alone else -1,
-    )
+    with peers_may_die():  # the first rank can be taken away while the others arrive
+        group.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            store=alone,
+            rank=rank if alone else -1,
+            world_size=size if alone else -1,
+        )
     try:
         yield World(rank, size, local_rank, local_size, device)
     finally:

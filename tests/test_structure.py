@@ -94,6 +94,20 @@ def test_launcher_and_product_do_not_know_each_other():
         assert not any(name.split(".")[0] == "launcher" for name in imports(path))
 
 
+def launcher_modules():
+    return sorted((ROOT / "launcher").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", launcher_modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_launcher_needs_nothing_heavy_and_of_the_product_two_rooms(path):
+    allowed = sys.stdlib_module_names | {"launcher", "yaml", "typer", "rich", "psutil"}
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        room = rest.partition(".")[0]
+        is_ours = package == "prefix_ds" and room in {"config", "errors"}
+        assert is_ours or package in allowed, f"{path}: imports {name}"
+
+
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
 def test_help_loads_nothing_heavy(words):
     heavy = ("torch", "deepspeed", "transformers", "datasets", "mlflow", "numpy")

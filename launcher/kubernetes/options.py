@@ -1,0 +1,175 @@
+"""What a cluster is asked for beside the job itself, checked before anything is sent.
+
+Knows nothing of manifests.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.kubernetes.names import check_name
+from prefix_ds.errors import LaunchError
+
+KINDS = ("job", "jobset", "trainjob")
+
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_TAINT = re.compile(
+    r"(?P<key>[^=:]+)(=(?P<value>[^=:]*))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
+)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A PersistentVolumeClaim and the folder at which pods see it."""
+
+    claim: str
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Toleration:
+    """Of a taint; without a value any will do, without an effect each."""
+
+    key: str
+    value: str | None = None
+    effect: str | None = None
+
+
+def mounts_of(words: Sequence[str]) -> tuple[Mount, ...]:
+    """Of `CLAIM:/FOLDER` or `CLAIM:/FOLDER:ro`. Raises LaunchError."""
+    return tuple(_mount(word) for word in words)
+
+
+def _mount(word: str) -> Mount:
+    claim, _, rest = word.partition(":")
+    path, _, mode = rest.partition(":")
+    if not path.startswith("/") or mode not in ("", "ro"):
+        raise LaunchError(f"--mount: {word!r}: expected CLAIM:/FOLDER or CLAIM:/FOLDER:ro")
+    return Mount(claim, path, mode == "ro")
+
+
+def tolerations_of(words: Sequence[str]) -> tuple[Toleration, ...]:
+    """Of taints as kubectl writes them: `KEY`, `KEY=VALUE`, `KEY=VALUE:EFFECT`. Raises LaunchError."""
+    return tuple(_toleration(word) for word in words)
+
+
+def _toleration(word: str) -> Toleration:
+    found = _TAINT.fullmatch(word)
+    if found is None:
+        raise LaunchError(f"--toleration: {word!r}: expected a taint: KEY, KEY=VALUE or KEY=VALUE:NoSchedule")
+    return Toleration(found["key"], found["value"], found["effect"])
+
+
+def selector_of(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Of `KEY=VALUE`. Raises LaunchError."""
+    for word in words:
+        if "=" not in word:
+            raise LaunchError(f"--node-selector: {word!r}: expected KEY=VALUE")
+    pairs = (word.partition("=") for word in words)
+    return tuple((key, value) for key, _, value in pairs)
+
+
+def option(doc: str, default: Any = None, *, parse: Callable[[Sequence[str]], Any] | None = None) -> Any:
+    """A field with its line of `--help`; `parse` makes the value of an option given several times."""
+    return field(default=() if parse else default, metadata={"doc": doc, "parse": parse})
+
+
+@dataclass(frozen=True)
+class KubernetesOptions:
+    """Where and how the pods run; a pod is a node of the job. Each field is an option of the command line."""
+
+    image: str = option("container image that has prefix-ds in it", "")
+    kind: str = option("job, jobset or trainjob", "job")
+    namespace: str = option("of the cluster", "default")
+    name: str | None = option("of the job; none: the run's")
+    gpus_per_node: int = option("GPUs of a pod, a rank for each; 0: CPUs", 1)
+    gpu_resource: str = option("what the cluster calls a GPU", "nvidia.com/gpu")
+    cpu: str = option("CPUs that a pod asks for", "4")
+    memory: str = option("memory of a pod, /dev/shm included", "16Gi")
+    shm: str = option("largest /dev/shm of a pod", "2Gi")
+    node_selector: tuple[tuple[str, str], ...] = option("label of nodes: KEY=VALUE", parse=selector_of)
+    toleration: tuple[Toleration, ...] = option(
+        "taint to bear: KEY, KEY=VALUE or KEY=VALUE:EFFECT", parse=tolerations_of
+    )
+    spread: str = option("label of nodes to spread pods over; empty: anywhere", "kubernetes.io/hostname")
+    runs_claim: str | None = option("PersistentVolumeClaim of the run folder; none: lost with the pod")
+    mount: tuple[Mount, ...] = option(
+        "another claim, for data or a base: CLAIM:/FOLDER or CLAIM:/FOLDER:ro", parse=mounts_of
+    )
+    env_secret: str | None = option("Secret with the values of --env; without --env, all that is in it")
+    service_account: str | None = option("none: one of the job's own, without any right")
+    image_pull_secret: str | None = option("Secret for the image's registry")
+    user_id: int = option("user and group that the pods run as", 10001)
+    grace_seconds: int = option("for a checkpoint when a pod is stopped", 300)
+    restarts: int = option("how often all pods may fail", 3)
+    queue: str | None = option("Kueue's queue to wait in")
+    ttl_seconds: int | None = option("how long the ended job is kept; none: until it is cancelled")
+    deadline_seconds: int | None = option("longest time of the job")
+
+
+def check_options(options: KubernetesOptions) -> None:
+    """Raises LaunchError with a line for each mistake."""
+    mistakes = [
+        *_mistakes_of_text(options),
+        *_mistakes_of_names(options),
+        *_mistakes_of_numbers(options),
+        *_mistakes_of_labels(options),
+    ]
+    if mistakes:
+        raise LaunchError(*mistakes)
+
+
+def _mistakes_of_text(options: KubernetesOptions) -> Iterator[str]:
+    if not options.image or any(c.isspace() or not c.isprintable() for c in options.image):
+        yield f"--image: {options.image!r}: expected a container image, such as registry/prefix-ds:TAG"
+    if options.kind not in KINDS:
+        yield f"--kind: {options.kind}: expected {', '.join(KINDS)}"
+    for option in ("cpu", "memory", "shm"):
+        quantity = getattr(options, option)
+        if not _QUANTITY.fullmatch(quantity) or not quantity.strip("0.mkMGTPEi"):
+            yield f"--{option}: {quantity!r}: expected an amount such as 4, 500m or 16Gi"
+
+
+def _mistakes_of_names(options: KubernetesOptions) -> Iterator[str]:
+    named = {
+        "--namespace": options.namespace,
+        "--runs-claim": options.runs_claim,
+        "--env-secret": options.env_secret,
+        "--service-account": options.service_account,
+        "--image-pull-secret": options.image_pull_secret,
+        "--queue": options.queue,
+    }
+    for option, name in [*named.items(), *(("--mount", mount.claim) for mount in options.mount)]:
+        if name is not None:
+            yield from check_name(option, name)
+
+
+def _mistakes_of_numbers(options: KubernetesOptions) -> Iterator[str]:
+    least = {
+        "gpus_per_node": 0,
+        "restarts": 0,
+        "grace_seconds": 1,
+        "user_id": 1,
+        "ttl_seconds": 0,
+        "deadline_seconds": 1,
+    }
+    for name, smallest in least.items():
+        number = getattr(options, name)
+        if number is not None and number < smallest:
+            yield f"--{name.replace('_', '-')}: {number}: expected at least {smallest}"
+
+
+def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
+    pairs = [("--node-selector", *pair) for pair in options.node_selector]
+    pairs += [("--toleration", each.key, each.value or "") for each in options.toleration]
+    pairs += [("--gpu-resource", options.gpu_resource, "")]
+    pairs += [("--spread", options.spread, "")] if options.spread else []
+    for option, key, value in pairs:
+        if not _LABEL.fullmatch(key):
+            yield f"{option}: {key!r}: expected a label's key, such as cloud.example/accelerator"
+        if not _VALUE.fullmatch(value):
+            yield f"{option}: {value!r}: expected at most 63 letters, digits, '-', '_' and '.'"

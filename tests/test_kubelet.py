@@ -1,0 +1,148 @@
+"""Pods of a rendered manifest train, are taken away and replaced by its own policy, and nothing is lost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.kubernetes.options import KubernetesOptions
+from launcher.kubernetes.plan import plan
+from launcher.spec import job_spec
+from prefix_ds.config import config_text
+from prefix_ds.errors import EXIT_BUG, EXIT_PEER, EXIT_STOPPED, EXIT_USER
+from tests.kubelet import ROOT, Cluster, action_for, missing, showing_logs
+from tests.ranks import command
+from tests.test_kill import STEPS, trained_bytes
+from tests.workshop import run_config
+
+IMAGE = {"PREFIX_DS_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+SECRETS = {"hub": {"HF_TOKEN": "hf_$(HOME)"}}
+
+
+@pytest.fixture
+def claim(tmp_path):
+    """The volume `runs`: a base, data, and a run.yaml whose paths are relative to it."""
+    folder = tmp_path / "claim"
+    folder.mkdir()
+    config = run_config(folder, f"train.max_steps={STEPS}", "run.save_every=2", "run.valid_every=5")
+    (folder / "run.yaml").write_text(config_text(config).replace(f"{folder}/", ""))
+    return folder
+
+
+def manifests_of(claim, *overrides):
+    spec = job_spec(claim / "run.yaml", overrides, num_nodes=2, variables=["HF_TOKEN"])
+    options = KubernetesOptions(
+        "this-machine", gpus_per_node=0, runs_claim="runs", shm="256Mi", grace_seconds=60, env_secret="hub"
+    )
+    return list(yaml.safe_load_all(plan(spec, options).text()))
+
+
+def steps_done(folder):
+    path = folder / "metrics.jsonl"
+    return sum("train/loss" in line for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def until(job, holds, seconds=240):
+    """Lets the cluster work until it is so."""
+    end = time.monotonic() + seconds
+    while job.is_running() and not holds():
+        assert time.monotonic() < end, "too long"
+        time.sleep(0.1)
+
+
+def test_the_policy_of_the_manifest_says_which_ends_count(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: x}\nprefix: {text: x}\ndata: {train: x.jsonl, target: '{x}'}\n")
+    spec = job_spec(path)
+    job = list(yaml.safe_load_all(plan(spec, KubernetesOptions("image")).text()))[-1]["spec"]
+    alone = {
+        code: action_for(job, code, False) for code in (EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER, 137)
+    }
+    assert alone == {1: "FailJob", 2: "FailJob", 75: "Ignore", 76: "Count", 137: "Count"}
+    assert {action_for(job, code, True) for code in (1, 75, 137, 143)} == {"Ignore"}
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing() or "none")
+def test_pods_that_are_taken_away_cost_nothing_but_time(claim, tmp_path, monkeypatch):
+    monkeypatch.chdir(claim)
+    for ended in command("train", "run.yaml", "run.folder=calm", size=2):
+        assert ended.code == 0, ended.err
+    pods = tmp_path / "pods"
+    with Cluster(pods, {"runs": claim}, SECRETS, IMAGE) as cluster:
+        job = cluster.submit(manifests_of(claim, "run.folder=wild"))
+        with showing_logs(job, pods):
+            until(job, lambda: steps_done(claim / "wild") >= 4)
+            job.disrupt(1)  # drained: it has its grace
+            until(job, lambda: len(job.ended) == 2)
+            assert {(code, action) for _, code, action in job.ended} == {(EXIT_STOPPED, "Ignore")}
+            before = steps_done(claim / "wild")
+            until(job, lambda: steps_done(claim / "wild") >= before + 4)
+            job.disrupt(0, grace_seconds=0)  # its node is lost, and with it rank 0 and where ranks meet
+            until(job, lambda: False)
+            assert not job.is_failed
+            assert job.done == {0, 1}
+    assert job.ended[2:4] == [(0, 137, "Ignore"), (1, EXIT_PEER, "Count")]
+    assert trained_bytes(claim / "wild") == trained_bytes(claim / "calm")
+
+
+def check_process(pod):
+    """The first process is what the manifest says: whom it runs as, and what is in its environment."""
+    status = dict(line.split(":\t") for line in pod.told("status").splitlines() if ":\t" in line)
+    assert status["Uid"].split() == ["10001"] * 4
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert {"HF_TOKEN=hf_$(HOME)", "HOME=/home/prefix"} <= set(pod.told("environ").split("\0"))
+    mounts = {line.split()[4]: line.split()[5] for line in pod.told("mountinfo").splitlines()}
+    writable = {path: options.startswith("rw") for path, options in mounts.items()}
+    assert not writable["/"]
+    assert not writable["/config"]
+    assert all(writable[path] for path in ("/work", "/tmp", "/dev/shm", "/home/prefix"))
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing() or "none")
+def test_a_users_mistake_ends_the_job_at_once(claim, tmp_path):
+    pods = tmp_path / "pods"
+    with Cluster(pods, {"runs": claim}, SECRETS, IMAGE) as cluster:
+        job = cluster.submit(manifests_of(claim, "data.train=nothing.jsonl"))
+        with showing_logs(job, pods):
+            until(job, lambda: False)
+            assert job.is_failed
+            assert (EXIT_USER, "FailJob") in {(code, action) for _, code, action in job.ended}
+            said = "".join(path.read_text() for path in Path(pods).glob("*/log"))
+            assert "nothing.jsonl" in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_STOPPED), (None, EXIT_PEER)])
+def test_a_pod_that_waits_for_the_first_one_is_no_users_mistake(number, code):
+    program = "import launcher.node as node; node._NAME_SECONDS = 3; node.main()"
+    words = ["--nodes=2", "--node=1", "--master=nowhere.invalid:29500", "--", "train", "run.yaml"]
+    waiting = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while number is not None and waiting.poll() is None and not catches(waiting.pid, number):
+        time.sleep(0.05)
+    if number is not None:
+        waiting.send_signal(number)
+    assert waiting.wait(30) == code
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_a_peer_that_is_lost_while_ranks_meet_is_no_bug():
+    program = "from prefix_ds.dist import joined_world\nwith joined_world(0.1): pass"
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = os.environ | world | {"MASTER_PORT": str(first.getsockname()[1])}
+        words = [sys.executable, "-c", program]
+        arrived = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        first.accept()[0].close()
+    assert "PeerLost: another rank is gone" in arrived.communicate(timeout=60)[1]
