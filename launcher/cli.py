@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.kubernetes import cli as kubernetes_cli
+from launcher.slurm import cli as slurm_cli
 from prefix_ds.errors import EXIT_USER, PrefixError
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ PythonPath = Annotated[str | None, typer.Option(help="on every host; none: the p
 Master = Annotated[
     str | None, typer.Option(help="address of the first host for the others; none: where ssh reaches it")
 ]
+JobName = Annotated[str, typer.Argument(help="a number: Slurm's; a name: Kubernetes'")]
+Namespace = Annotated[str, typer.Option(help="of a Kubernetes job")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="until the job is over")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be started")]
 
 
@@ -130,6 +135,39 @@ def doctor(
     raise typer.Exit(examine(plan, spec.config, Console()))
 
 
+@app.command()
+def status(job: JobName, namespace: Namespace = "default") -> None:
+    """Show where a job of Slurm (by number) or Kubernetes (by name) stands."""
+    from launcher.kubernetes import backend as kubernetes
+    from launcher.slurm import backend as slurm
+
+    typer.echo(slurm.status(job).told() if job.isdecimal() else kubernetes.status(job, namespace).rstrip())
+
+
+@app.command()
+def logs(job: JobName, namespace: Namespace = "default", follow: Follow = False) -> None:
+    """Show what its ranks have said."""
+    from launcher.kubernetes import backend as kubernetes
+    from launcher.slurm import backend as slurm
+
+    if not job.isdecimal():
+        raise typer.Exit(kubernetes.logs(job, namespace, follow=follow))
+    for line in slurm.logs(job, follow=follow):
+        typer.echo(line)
+
+
+@app.command()
+def cancel(job: JobName, namespace: Namespace = "default") -> None:
+    """End it for good; its ranks have a while for a checkpoint."""
+    from launcher.kubernetes import backend as kubernetes
+    from launcher.slurm import backend as slurm
+
+    if job.isdecimal():
+        slurm.cancel(job)
+    else:
+        typer.echo(kubernetes.cancel(job, namespace), nl=False)
+
+
 def _show_or_submit(plan: "CrewPlan", dry_run: bool) -> None:
     from launcher.conductor import submit
 
@@ -137,6 +175,10 @@ def _show_or_submit(plan: "CrewPlan", dry_run: bool) -> None:
         typer.echo(plan.text(), nl=False)
     else:
         raise typer.Exit(submit(plan))
+
+
+kubernetes_cli.add_to(app)
+slurm_cli.add_to(app)
 
 
 def main() -> None:
