@@ -150,7 +150,7 @@ FAULTS = {
     "a rank is killed": Fault(kill_rank, (137,), "{host}, rank"),
     "an agent is killed": Fault(kill_agent, (EXIT_PEER,), "{host}: "),
     "sshd's session is killed": Fault(kill_session, (EXIT_PEER,), "{host}: "),
-    "a link is cut": Fault(cut_link, (EXIT_PEER,), "{host}: no sign of life"),
+    "a link is cut": Fault(cut_link, (EXIT_PEER, EXIT_USER), "{host}: "),  # the latter: not reached at all
     "a link is slow and lossy": Fault(worsen_link, (0,)),
     "a disk is full": Fault(fill_disk, (EXIT_USER,), "No space left on device"),
     "Ctrl-C": Fault(press_ctrl_c, (EXIT_STOPPED, 130)),
