@@ -37,8 +37,6 @@ REPLACED_AFTER_SECONDS = 1.0
 
 def missing():
     """Why pods cannot be played here; empty: they can."""
-    if os.environ.get("CI") == "true":
-        return "pods need namespaces, which CI machines may not give"
     if os.geteuid() != 0:
         return "pods need root, for namespaces and mounts"
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
