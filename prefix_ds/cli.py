@@ -187,6 +187,7 @@ def _garbage_kept() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # nor on the way out
         gc.enable()
 
 
@@ -208,8 +209,6 @@ def main() -> None:
     except PeerLost as lost:
         print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_PEER)
-    finally:
-        gc.freeze()  # nothing is searched once more on the way out, which would take most of a second
 
 
 def _say(line: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from prefix_ds.errors import PeerLost, PrefixError
+from prefix_ds.errors import PeerLost, PrefixError, Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, local_size, device)
     finally:
-        if sys.exc_info()[0] is None:  # after an error a peer may be gone, and a farewell would wait for it
+        if sys.exc_info()[0] in (None, Stopped):  # after an error a peer may be gone: a farewell would wait
             group.destroy_process_group()
 
 
