@@ -1,6 +1,6 @@
 """Faults on hosts that are training: what must hold whatever happens, whenever it happens.
 
-    python -m tests.chaos 30 [SEED]
+    python -m tests.chaos 30 [SEED [PART OF A FAULT'S NAME]]
 
 Each trial starts `prefix-launch ssh` on two hosts, does harm at a random moment, and looks: the job ends by
 itself with the right exit code and names the culprit; nothing of it is left on any host; another job on the
@@ -239,14 +239,15 @@ def again(hosts, run_file, run, expected):
 
 
 def main():
-    count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    count, seed, part = [*sys.argv[1:], *["0", ""][len(sys.argv) - 2 :]]
+    count, seed, faults = int(count), int(seed), [fault for fault in FAULTS if part in fault]
     chance, num_bad = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as name, some_hosts(2, Path(name) / "hosts") as hosts:
         folder = Path(name) / "work"
         folder.mkdir()
         run_file, expected = undisturbed(hosts, folder)
         for number in range(count):
-            fault = list(FAULTS)[number % len(FAULTS)]
+            fault = faults[number % len(faults)]
             began = time.monotonic()
             done, wrong, run = trial(hosts, folder, run_file, fault, chance)
             wrong += again(hosts, run_file, run, expected)
