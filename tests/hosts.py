@@ -52,8 +52,9 @@ def missing():
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
         return f"needs {', '.join(lacking)}: apt-get install openssh-server iproute2 nftables"
-    tried = subprocess.run(["ip", "netns", "add", "pds-try"], capture_output=True, check=False)
-    subprocess.run(["ip", "netns", "del", "pds-try"], capture_output=True, check=False)
+    name = f"pds-try-{os.getpid()}"  # several workers of pytest ask at once
+    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return "" if tried.returncode == 0 else "network namespaces cannot be made here"
 
 
