@@ -58,7 +58,8 @@ def missing():
     return "" if tried.returncode == 0 else "network namespaces cannot be made here"
 
 
-needs_hosts = pytest.mark.skipif(bool(missing()), reason=missing() or "none")
+MISSING = missing()
+needs_hosts = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 @dataclass(frozen=True)
