@@ -16,7 +16,7 @@ from launcher.agent import Agent
 from launcher.attempt import Attempt
 from launcher.crew import CrewPlan, Member
 from launcher.ends import End, culprit
-from launcher.survey import digest
+from launcher.survey import differences, digest
 from prefix_ds.errors import EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
 
 _ENDED_AT_ONCE = 130  # by a second Ctrl-C, as shells say it
@@ -145,13 +145,8 @@ def check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
     first = agents[0]
     mine = digest(plan.folder / plan.run_file)
     for agent in agents:
-        if agent.hello["run_file"] != mine:
-            what = "is not there" if agent.hello["run_file"] is None else "is another file than here"
-            raise LaunchError(f"{agent.name}: {plan.run_file}: {what}")
-        for package, found in agent.hello["versions"].items():
-            expected = first.hello["versions"][package]
-            if found != expected:
-                raise LaunchError(f"{agent.name}: {package} {found}, but {first.name} has {expected}")
+        for line in differences(agent.hello, first.hello, first.name, str(plan.run_file), mine):
+            raise LaunchError(f"{agent.name}: {line}")
 
 
 def _tell(last: End) -> None:

@@ -20,7 +20,7 @@ from launcher.agent import Agent
 from launcher.attempt import Attempt
 from launcher.crew import CrewPlan, Member
 from launcher.ends import culprit
-from launcher.survey import digest
+from launcher.survey import differences, digest
 from prefix_ds.config import RunConfig
 from prefix_ds.errors import EXIT_DONE, EXIT_USER, LaunchError
 
@@ -102,11 +102,7 @@ def _compare(reports: list[Report], plan: CrewPlan) -> None:
 
 
 def _differences(first: Report, this: Report, plan: CrewPlan, run_file: str | None) -> Iterator[str]:
-    if this.hello["run_file"] != run_file:
-        yield f"{plan.run_file}: is not there, or another file than here"
-    for name, found in this.hello["versions"].items():
-        if found != first.hello["versions"][name]:
-            yield f"{name} {found}, but {first.name} has {first.hello['versions'][name]}"
+    yield from differences(this.hello, first.hello, first.name, str(plan.run_file), run_file)
     for path, found in this.survey["files"].items():
         if found != first.survey["files"][path]:
             missing = "is not there" if found is None else "has other names or sizes"

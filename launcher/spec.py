@@ -29,11 +29,6 @@ class JobSpec:
     port: int | None = None  # of the first node, for the ranks to meet; None: one that is free
 
     @property
-    def num_ranks(self) -> int:
-        """In all."""
-        return self.num_nodes * self.ranks_per_node
-
-    @property
     def name(self) -> str:
         """For people and schedulers: MLflow's name of the run, or the run folder's."""
         return self.config.mlflow.name or Path(self.config.run.folder).name

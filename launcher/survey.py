@@ -8,8 +8,10 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -36,6 +38,19 @@ def digest(file: Path) -> str | None:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+def differences(
+    hello: Mapping[str, Any], first: Mapping[str, Any], first_name: str, run_file: str, mine: str | None
+) -> Iterator[str]:
+    """In what a node's hello is not like the first node's; `mine`: the digest of the run file here."""
+    if hello["run_file"] != mine:
+        what = "is not there" if hello["run_file"] is None else "is another file than here"
+        yield f"{run_file}: {what}"
+    for package, found in hello["versions"].items():
+        expected = first["versions"][package]
+        if found != expected:
+            yield f"{package} {found}, but {first_name} has {expected}"
 
 
 def files(paths: list[str]) -> dict[str, str | None]:
