@@ -14,7 +14,6 @@ from launcher.agent import Agent
 from launcher.command import Team, teams
 from launcher.ends import End
 from launcher.node import SETTLE_SECONDS
-from prefix_ds.errors import EXIT_DONE
 
 NODE_GONE = 255
 _MAX_WAITING = 1000  # messages: an agent that says more is heard later
@@ -51,7 +50,7 @@ class Attempt:
         while any(self._running.values()):
             for end in self._heard(*await queue.get()):
                 ends.append(end)
-                if end.code != EXIT_DONE and self._settling is None:
+                if end.ends_others and self._settling is None:
                     self._settling = asyncio.ensure_future(self._settle())
         for task in [*listening, *([self._settling] if self._settling else [])]:
             task.cancel()

@@ -37,6 +37,11 @@ class End:
         """As a process says it."""
         return self.code if self.code >= 0 else _BY_SIGNAL - self.code
 
+    @property
+    def ends_others(self) -> bool:
+        """Whether the other ranks cannot go on; one that stopped on request leaves them to do so too."""
+        return self.code not in (EXIT_DONE, EXIT_STOPPED)
+
     def told(self) -> str:
         """One line."""
         return printable(f"{self.place}: {self.reason or _meaning(self.code)}")

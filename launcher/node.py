@@ -129,7 +129,7 @@ async def _all_ends(ranks: Ranks, team: Team, environment: Mapping[str, str]) ->
     settling = None
     async for end in ranks.run(_with_interface(environment, team)):
         ends.append(end)
-        if end.code != EXIT_DONE and settling is None:
+        if end.ends_others and settling is None:
             settling = asyncio.ensure_future(_settle(ranks))
     if settling is not None:
         settling.cancel()

@@ -7,15 +7,25 @@ one line and exit code 2, a request to stop in 75 (see `errors`). Knows nothing 
 import errno
 import gc
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from prefix_ds.dist import rank_of_environment
-from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER, PeerLost, PrefixError, Stopped, printable
+from prefix_ds.dist import end_process, rank_of_environment
+from prefix_ds.errors import (
+    EXIT_BUG,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    EXIT_USER,
+    PeerLost,
+    PrefixError,
+    Stopped,
+    printable,
+)
 
 # Too long, or a loop of links: whichever key or argument it is in, looking for the file says so.
 _NAMES_NO_FILE_CAN_HAVE = {errno.ENAMETOOLONG, errno.ELOOP}
@@ -197,18 +207,25 @@ def main() -> None:
         app()
     except PrefixError as error:
         _say(f"error: {error}")
-        sys.exit(EXIT_USER)
+        end_process(EXIT_USER)
     except OSError as error:
         if error.errno not in _NAMES_NO_FILE_CAN_HAVE:
-            raise
+            _end_by_a_bug()
         _say(f"error: {printable(str(error.filename))}: {error.strerror}")
-        sys.exit(EXIT_USER)
+        end_process(EXIT_USER)
     except Stopped as stopped:
         _say(str(stopped))
-        sys.exit(EXIT_STOPPED)
+        end_process(EXIT_STOPPED)
     except PeerLost as lost:
         print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_PEER)
+        end_process(EXIT_PEER)
+    except Exception:
+        _end_by_a_bug()
+
+
+def _end_by_a_bug() -> NoReturn:
+    traceback.print_exc()
+    end_process(EXIT_BUG)
 
 
 def _say(line: str) -> None:

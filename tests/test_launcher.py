@@ -124,6 +124,13 @@ def test_who_is_to_blame(ends, blamed):
     assert (found and found.rank) == blamed
 
 
+@pytest.mark.parametrize(
+    ("code", "ends_them"), [(0, False), (EXIT_STOPPED, False), (1, True), (EXIT_PEER, True), (-9, True)]
+)
+def test_after_which_ends_the_other_ranks_are_ended_too(code, ends_them):
+    assert end(0, code).ends_others == ends_them
+
+
 def test_an_end_is_told_in_words():
     assert end(3, -11).told() == "h, rank 3: killed by SIGSEGV"
     assert end(3, -9).exit_code == 137
