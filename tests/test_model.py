@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from prefix_ds.data.batch import Batch, documents_of
 from prefix_ds.errors import ModelError
-from prefix_ds.model import PrefixLM, attention, flash, likelihood
+from prefix_ds.model import PrefixLM, apart, attention, likelihood
 from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
@@ -222,18 +222,18 @@ def made_whole(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 @pytest.mark.parametrize(
-    ("family", "by_kernels"),
+    ("family", "by_ours"),
     [("llama", 4), ("mistral", 4), ("gpt2", 4), ("gemma2", 0), ("gpt_oss", 0), ("deepseek_v3", 0)],
 )
 def test_packed_rows_are_attended_without_a_mask_of_theirs(
-    family: str, by_kernels: int, made_whole: list[None], monkeypatch: pytest.MonkeyPatch
+    family: str, by_ours: int, made_whole: list[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, layouts = PrefixLM(tiny(family, window=4)), []
-    attended = flash.attended
-    monkeypatch.setattr(flash, "attended", lambda *a: (layouts.append(a[-1]), attended(*a))[1])
+    attended = apart.attended
+    monkeypatch.setattr(apart, "attended", lambda *a: (layouts.append(a[-1]), attended(*a))[1])
     grad_of(lm, batch_of([tokens(9), tokens(3)]), noisy_table(lm))
     assert made_whole == []
-    assert len(layouts) == by_kernels
+    assert len(layouts) == by_ours
     assert all(layout.pattern == Causal(4 if family == "mistral" else None) for layout in layouts)
 
 
@@ -273,7 +273,7 @@ def test_the_pattern_of_a_rule_is_known_or_is_told_to_be_unknown(rule: Any, patt
     assert pattern_of(rule) == pattern_of(packed) == pattern
     place = torch.arange(9)
     if pattern is not None:
-        assert pattern.block(9, torch.device("cpu")).equal(rule(0, 0, place[:, None], place))
+        assert pattern.seen(9, 9, torch.device("cpu")).equal(rule(0, 0, place[:, None], place))
 
 
 # ---------------------------------------------------------------------------------------------------- loss
