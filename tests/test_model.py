@@ -6,6 +6,7 @@ The meaning law, for all families, is in test_families.py.
 import gc
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from prefix_ds.data.batch import Batch, documents_of
 from prefix_ds.errors import ModelError
-from prefix_ds.model import PrefixLM, apart, attention, likelihood
+from prefix_ds.model import PrefixLM, apart, attention, likelihood, varlen
 from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
@@ -256,6 +257,45 @@ def test_documents_of_one_length_share_a_mask(
     monkeypatch.setattr(Rule, "seen_in", lambda mask, d: (lengths.append(d.length), seen(mask, d))[1])
     grad_of(lm, batch_of([tokens(9), tokens(3), tokens(9), tokens(3)]), noisy_table(lm))
     assert len(lengths) == masks
+
+
+def attended_by_reference(query, key, value, q_ends, k_ends, *_: Any, scale, window_size, enable_gqa):
+    """In place of a kernel that GPUs have: sequence by sequence, causality lined up at their ends."""
+    assert window_size == (-1, 0)
+    seen = []
+    for (q0, q1), (k0, k1) in zip(pairwise(q_ends.tolist()), pairwise(k_ends.tolist()), strict=True):
+        mask = Causal().seen(q1 - q0, k1 - k0, query.device)
+        one = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        seen.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *one, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            ).transpose(0, 1)
+        )
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is none of a CPU's: what is handed to it is tested, by a reference in its place."""
+    lm, calls = PrefixLM(tiny(family)), []
+    batch, table_PD = batch_of([tokens(6), tokens(3)], [tokens(2), tokens(7)]), noisy_table(lm)
+    padded = replace(batch, documents=batch.documents[:3])  # the last is padding
+    want = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
+    )
+    monkeypatch.setattr(varlen, "is_for", lambda *_: True)
+    found = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
+    assert len(calls) == 2 * 4
+    for (loss, grad_PD), (true_loss, true_PD) in zip(found, want, strict=True):
+        assert distance(loss, true_loss) < EXACT
+        assert distance(grad_PD, true_PD) < EXACT
+
+
+def lacking_last_targets(batch: Batch, count: int) -> Batch:
+    return replace(
+        batch, target_index_M=batch.target_index_M[:-count], target_ids_M=batch.target_ids_M[:-count]
+    )
 
 
 RULES: list[tuple[Any, Causal | None]] = [

@@ -9,12 +9,12 @@ packing, windows and generation therefore need no knowledge of the prefix, which
 cache breaks (checkpointed layers drop the cache; packed positions are not recognised beside one).
 
 In training every document attends apart, so that a row costs the sum of its documents' squares: by code of
-our own (`apart`) or, where that does not fit, by the model's function, called for a document at a time. Where
-a model has changed the mask, or brings something else that spans the row, the row attends as a whole, and so
-it does in generation. Documents are hidden from each other then, for transformers does it only for families
-that tell its mask functions the positions, and gpt_oss, OPT and twenty more do not. The prefix is visible to
-every position, whatever the window. One widened mask serves all layers of a kind; it is bool for scaled dot
-product and additive for the models' own functions.
+our own (`apart`, and `varlen` on GPUs) or, where that does not fit, by the model's function, called for a
+document at a time. Where a model has changed the mask, or brings something else that spans the row, the row
+attends as a whole, and so it does in generation. Documents are hidden from each other then, for transformers
+does it only for families that tell its mask functions the positions, and gpt_oss, OPT and twenty more do not.
+The prefix is visible to every position, whatever the window. One widened mask serves all layers of a kind; it
+is bool for scaled dot product and additive for the models' own functions.
 
 The prefix is found through the attention module, on which `Joint` leaves a mark, never through a keyword
 (some layers pass none on, and `generate` refuses unknown ones) nor a global. A module that attends several
@@ -39,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from prefix_ds.data.batch import Document
-from prefix_ds.model import apart
+from prefix_ds.model import apart, varlen
 from prefix_ds.model.masks import Causal, LazyMask, Rule, lazy_eager_mask, lazy_sdpa_mask
 
 # The names decide: transformers looks for "sdpa", "flash" and "paged|" inside them.
@@ -78,6 +78,7 @@ class Joint:
 
     source: Source | None = None
     documents: Documents | None = None  # None: each row is one, as the model's own mask says
+    has_kernels = True  # whether those of GPUs may be used
     attended_whole = False  # whether a row of documents ever was: it costs the square of its length
 
     def __init__(self, base: nn.Module) -> None:
@@ -179,7 +180,7 @@ def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attenti
 
             rule, scale = mask.rule, options.get("scaling")
             if rule.pattern is not None and own is sdpa_attention_forward and _is_plain(rest, options):
-                return _apart(text, rule.pattern, front, joint.documents, scale), None
+                return _apart(text, rule.pattern, front, joint.documents, scale, joint.has_kernels), None
             return _one_by_one(alone, text, rule, front, joint.documents), None
         joint.attended_whole |= joint.documents is not None
         whole = mask.rule.whole() if isinstance(mask, LazyMask) else mask
@@ -203,14 +204,21 @@ def _is_plain(rest: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 
 def _apart(
-    text: Text, pattern: Causal, front: Front | None, documents: Documents, scale: float | None
+    text: Text,
+    pattern: Causal,
+    front: Front | None,
+    documents: Documents,
+    scale: float | None,
+    has_kernels: bool,
 ) -> Tensor:
     query, key, _ = text
     rows = frozenset(row for row in range(len(query)) if front is not None and front.seen_by(row))
     nothing = key[0, :, :0].detach()
     keys_values = (front.key_NPH, front.value_NPH) if front is not None else (nothing, nothing)
     layout = apart.Layout(documents, pattern, rows, query.shape[-1] ** -0.5 if scale is None else scale)
-    return apart.attended(*text, keys_values, layout)
+    by_kernel = has_kernels and varlen.is_for(*text, layout)
+    attended = varlen.attended if by_kernel else apart.attended
+    return attended(*text, keys_values, layout)
 
 
 def _joined(front: Front | None, key_BNTH: Tensor, value_BNTH: Tensor) -> tuple[Tensor, Tensor]:
