@@ -27,6 +27,7 @@ from prefix_ds.prefix import Slot
 
 _LENGTH = 4
 _VOCABULARY = 16  # every model has that many tokens
+NUM_TOKENS, NUM_TARGETS = 6 * _LENGTH, 3 * _LENGTH  # of the pass
 
 
 @dataclass(frozen=True)
