@@ -86,8 +86,8 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Pro
         progress = replace(progress, step=progress.step + 1)
         last = progress.step == run.stream.num_steps
 
-        shown = {"tokens_per_second": speed["time/tokens_per_second"], "mfu": f"{speed['time/mfu']:.0%}"}
-        run.bar.at(progress.step, loss=report.loss, **shown)
+        tokens_per_second, mfu = speed["time/tokens_per_second"], f"{speed['time/mfu']:.0%}"
+        run.bar.at(progress.step, loss=report.loss, tokens_per_second=tokens_per_second, mfu=mfu)
         if last or progress.step % cadence.log_every == 0:
             run.tracker.metrics(progress.step, _values(report, rate) | speed | run.gauge.of_memory())
         if last or _due(cadence.valid_every, progress.step):

@@ -1,14 +1,11 @@
 """The shares of the next steps, made by a thread while the device computes.
 
-Order, packing, reading ids and collating are milliseconds of Python a step, and a copy to a GPU out of ordinary
-memory waits for the copy. A thread does all of it a few steps ahead: on a GPU it copies out of pinned memory, on a
-stream of its own, and hands a share on when it has arrived.
+Order, packing, reading ids and collating are milliseconds of Python a step, and a copy to a GPU out of
+ordinary memory makes the host wait. A thread does all of it a few steps ahead. For a GPU it copies out of
+pinned memory, on a stream of its own, and hands a share on when it has arrived.
 
 What is handed on is what `make` gives for its number, in whatever order it is asked for; an error in the
 thread is raised where its share is asked for. Nothing is remembered that a checkpoint would need.
-
-Rejected: processes. They would hand tensors through shared memory and have to be ended and mourned; what they
-would save, the interpreter's lock for some milliseconds, torch lets go of while it computes.
 
 Knows nothing of what is in a share, or of when it is used.
 """
@@ -17,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +67,8 @@ class _Copies:
     """To a GPU, beside what it computes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._user = torch.cuda.current_stream(device)
 
     def __call__(self, share: Share) -> Share:
@@ -84,7 +82,8 @@ class _Copies:
 
 def pinned(batch: Batch) -> Batch:
     """The batch in memory that a GPU can read while the host goes on."""
-    return replace(batch, **{name: t.pin_memory() for name, t in _tensors(batch).items()})
+    there: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(batch).items()}
+    return replace(batch, **there)
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ Every wait for one, DeepSpeed's for its gathers as well as ours for a sum, goes 
 torch's handle of a call. For the length of a step that method is exchanged for one that looks at the clock
 first. It counts what a rank waits for data that are under way and for ranks that are late alike.
 
-Only where the host itself waits, as with gloo. With NCCL the handle makes a stream of the GPU wait and returns at
-once; to learn how long the stream waited takes events on DeepSpeed's streams, which were not tried for want of
-a GPU.
+Only where the host itself waits, as with gloo. With NCCL the handle makes a stream of the GPU wait and
+returns at once, and DeepSpeed calls it on its own stream for gathers: how long the computing stream then
+waits for that one would take events between the two. Not tried, for want of a GPU; nothing is told there.
 
 Knows nothing of what is sent.
 """

@@ -1,8 +1,8 @@
 """What a step must compute, whatever way it takes: the operations of the model, for its MFU (Chowdhery et al.
 2022, appendix B).
 
-Three numbers make it up: operations a token (products with weights), a target (the output layer) and a pair of
-tokens of which one sees the other (attention). The first is counted, in the trial that every base goes
+Three numbers make it up: operations a token (products with weights), a target (the output layer) and a pair
+of tokens of which one sees the other (attention). The first is counted, in the trial that every base goes
 through when it is wrapped: a dispatch mode sees every product of every family, with the experts that were
 chosen and in 8 bits too. The others follow from shapes. A backward pass takes as many operations for the
 gradients of inputs, down to the first attention that has a prefix, and as many again for those of weights if
@@ -12,8 +12,8 @@ What is computed again, padded or computed and then hidden by a mask is work, bu
 the MFU.
 
 Rejected: counting a whole step of training (it would have to tell the second computation of a layer from the
-first, and padding from tokens); a formula over the weights (each expert would count, and how many are used has
-another name in each family).
+first, and padding from tokens); a formula over the weights (each expert would count, and how many are used
+has another name in each family).
 
 Knows nothing of time.
 """

@@ -1,9 +1,9 @@
 """How many operations a second the devices of a job could do, at most.
 
-GPUs that are on the list have their maker's figure, for dense products in bfloat16. Every other device
-(a CPU, a GPU cut in parts or on a narrower bus, products in float32) multiplies two large matrices for a
-moment, and the fastest round counts. Ranks on a CPU share its cores, so the first of a node does it alone, with
-the threads of all.
+GPUs that are on the list have their maker's figure, for dense products in bfloat16. Every other device (a
+CPU, a GPU cut in parts or built for another bus, products in float32) multiplies two large matrices for a
+moment, and the fastest round counts. Ranks on a CPU share its cores, so the first of a node does it alone,
+with the threads of all.
 
 Knows nothing of models.
 """
@@ -19,7 +19,7 @@ from prefix_ds.devices import DEVICES
 from prefix_ds.dist import World, summed
 
 _SECONDS, _SIZE = 0.2, {"cpu": 2048, "cuda": 8192}
-_OTHER_BUILDS = {"pcie", "nvl", "mig"}  # of a GPU on the list, slower than what is there
+_OTHER_BUILDS = {"laptop", "mig", "nvl", "pcie"}  # of a GPU on the list, slower than what is there
 
 
 def peak_flops(world: World, dtype: torch.dtype) -> float:
