@@ -1,4 +1,4 @@
-"""How well a run uses its devices: what a step needs, what they could do, where the time goes, what is read."""
+"""How well a run uses its devices: what a step needs, what they could do, where time goes, what is read."""
 
 import time
 
@@ -21,7 +21,7 @@ from prefix_ds.speed.peak import tflops_of
 from prefix_ds.tracking import Record
 from tests.laws import batch_of, noisy_table, tokens
 from tests.ranks import on_ranks
-from tests.test_laws import metrics, train_here
+from tests.test_laws import changed, metrics, train_here
 from tests.tiny_models import tiny, tiny_config
 from tests.workshop import run_config, tokenizer
 
@@ -71,6 +71,23 @@ def test_experts_that_are_not_chosen_cost_nothing(implementation):
     config = lm.base.config
     active = sum(p.numel() for p in experts) * config.num_experts_per_tok / config.num_experts
     assert cost_of(lm, flops, (), 0).per_token == pytest.approx(6 * (inner_weights(lm) + active))
+
+
+def cost_of_run(config):
+    from prefix_ds.train import _trained
+
+    with joined_world() as world:
+        words = load_tokenizer(config.model)
+        return _trained(config, deepspeed_settings(config, world.size), words, world).cost
+
+
+def test_weights_in_8_bits_and_in_shards_cost_what_they_cost_whole(tmp_path):
+    config = run_config(tmp_path)
+    (whole,) = on_ranks(1, cost_of_run, config)
+    eights = "model.bits=8", "model.vocabulary_bits=8"
+    for size, *overrides in ((2,), (2, *eights), (1, "model.bits=8", "model.int8_outliers=6")):
+        found = on_ranks(size, cost_of_run, changed(config, *overrides))
+        assert found == [whole] * size
 
 
 def test_nothing_is_carried_back_below_the_first_prefix():
