@@ -29,14 +29,18 @@ class Sizes:
     """Of a model, in numbers."""
 
     parameters: tuple[int, ...]
-    layer: int  # the largest
+    layers: tuple[int, ...]  # that can be computed again; none is a base that does not tell its layers
+
+    @property
+    def layer(self) -> int:
+        """The largest."""
+        return max(self.layers, default=sum(self.parameters))
 
 
 def sizes_of(base: nn.Module) -> Sizes:
     """The sizes of a base, whole or in shards."""
-    parameters = _numbers(base.parameters())
-    layers = [sum(_numbers(layer.parameters())) for layer in repeatable_layers(base)]
-    return Sizes(parameters, max(layers, default=sum(parameters)))
+    layers = tuple(sum(_numbers(layer.parameters())) for layer in repeatable_layers(base))
+    return Sizes(_numbers(base.parameters()), layers)
 
 
 def sized(settings: Settings, sizes: Sizes) -> Settings:
@@ -56,7 +60,7 @@ def _numbers(parameters: Iterable[Any]) -> tuple[int, ...]:
 
 def _never_sharded(parameters: tuple[int, ...]) -> int:
     """The size up to which all parameters together are a small part of the model."""
-    most = _within(2**20, sum(parameters) // 100, 2**25)
+    most = _within(2**22, sum(parameters) // 100, 2**25)
     sizes, totals = zip(*((size, sum(equal)) for size, equal in groupby(sorted(parameters))), strict=True)
     return max((s for s, total in zip(sizes, accumulate(totals), strict=True) if total <= most), default=0)
 

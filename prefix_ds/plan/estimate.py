@@ -141,7 +141,7 @@ def estimate(
         calls=gathered.num_calls * count,
     )
     flops, seconds = seen.flops * count, _times(seen, count, traffic, job, device)
-    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens, seen.num_layers)
+    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens, len(seen.sizes.layers))
 
 
 def _times(seen: Rehearsal, count: int, traffic: Traffic, job: Job, device: Device) -> dict[str, float]:

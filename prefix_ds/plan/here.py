@@ -19,8 +19,8 @@ from prefix_ds.plan.devices import Device
 
 _USED_PART = 0.9
 _GROUPS = Path("/sys/fs/cgroup")
-# Of version 1 and 2 of the kernel's control groups: where memory's are, a limit, what is used, and how much of
-# it is files that nobody has used for long.
+# Of version 1 and 2 of the control groups: where memory's are, a limit, what is used, and how much of it is
+# files that nobody has used for long.
 _VERSIONS = (
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ("", "memory.max", "memory.current", "inactive_file"),

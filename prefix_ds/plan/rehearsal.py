@@ -78,7 +78,6 @@ class Rehearsal:
     flops: int  # of both passes
     slots: tuple[Slot, ...]  # that have a prefix
     sizes: Sizes
-    num_layers: int  # that can be computed again
 
 
 Chosen = Callable[[tuple[Slot, ...]], tuple[Slot, ...]]
@@ -100,7 +99,7 @@ def rehearsed(
         for name, module in _hooked(base)
     }
     buffer_bytes = sum(b.numel() * b.element_size() for b in base.buffers())
-    sizes, num_layers = sizes_of(base), len(repeatable_layers(base))
+    sizes = sizes_of(base)
     assert keys.recompute != "auto"
     again = set(repeated_layers(base, keys.recompute))
     stack = shortened(base, again) if chosen is None else None
@@ -120,7 +119,6 @@ def rehearsed(
         sum(mark.flops for mark in marks),
         slots,
         sizes,
-        num_layers,
     )
 
 
