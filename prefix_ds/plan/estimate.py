@@ -14,6 +14,8 @@ from typing import Any
 
 from prefix_ds.config import RunConfig
 from prefix_ds.devices import Device
+from prefix_ds.engine.settings import Settings
+from prefix_ds.engine.sizing import sized
 from prefix_ds.errors import ConfigError
 from prefix_ds.plan.gathering import Gathering, Policy, gathering
 from prefix_ds.plan.rehearsal import Course, Rehearsal, Shape, Weights
@@ -70,6 +72,7 @@ class Estimate:
     flops: int
     seconds: Mapping[str, float]  # by what would take them
     tokens: int  # of all devices
+    num_layers: int  # that can be computed again
 
     @property
     def total_bytes(self) -> int:
@@ -115,9 +118,10 @@ def policy_of(settings: Mapping[str, Any], device: Device) -> Policy:
 
 
 def estimate(
-    seen: Rehearsal, step: Step, config: RunConfig, settings: Mapping[str, Any], job: Job, device: Device
+    seen: Rehearsal, step: Step, config: RunConfig, settings: Settings, job: Job, device: Device
 ) -> Estimate:
     """One device in one step."""
+    settings = sized(settings, seen.sizes)
     is_full, num_ranks, count = config.train.method != "prefix", job.num_devices, step.micro_batches
     offload = (settings["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     policy = policy_of(settings, device)
@@ -137,7 +141,7 @@ def estimate(
         calls=gathered.num_calls * count,
     )
     flops, seconds = seen.flops * count, _times(seen, count, traffic, job, device)
-    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens)
+    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens, len(seen.sizes.layers))
 
 
 def _times(seen: Rehearsal, count: int, traffic: Traffic, job: Job, device: Device) -> dict[str, float]:
