@@ -284,7 +284,7 @@ def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pyte
     padded = replace(batch, documents=batch.documents[:3])  # the last is padding
     want = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
     monkeypatch.setattr(
-        varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
+        varlen.varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
     )
     monkeypatch.setattr(varlen, "is_for", lambda *_: True)
     found = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]

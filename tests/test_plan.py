@@ -432,14 +432,12 @@ def test_all_weights_and_new_bases(run_file, tmp_path, capsys):
     assert "llama: 8 x" in told(capsys, "plan", tmp_path / "new.yaml")
 
 
-def test_packed_rows_are_full_and_others_one_example():
-    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 512}\ntrain: {micro_batch_tokens: 2048}"
-    job = Job(1, 4, example_tokens=100, target_part=0.5)
-    packed = step_of(parse_config(text), job, 8)
-    assert (packed.shape, packed.micro_batches) == (Shape(4, 512, 1024, 8), 1)
-    apart = step_of(parse_config(text, ["data.packing=false"]), job, 8)
-    assert (apart.shape, apart.micro_batches) == (Shape(16, 100, 800, 8), 1)
-    assert packed.tokens == apart.tokens == 6400
+def test_examples_are_spread_over_as_few_micro_batches_as_hold_them():
+    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 512}\ntrain: {micro_batch_tokens: 500}"
+    step = step_of(parse_config(text), Job(1, 4, example_tokens=100, target_part=0.5), 8)
+    assert (step.shape, step.micro_batches) == (Shape(4, 100, 200, 8), 4)
+    assert step.most_rows == 5
+    assert step.tokens == 6400
 
 
 def test_a_device_is_found_by_its_name():

@@ -91,18 +91,17 @@ class Estimate:
 
 
 def step_of(config: RunConfig, job: Job, prefix_length: int) -> Step:
-    """What the device with the most work runs in a step."""
-    data, train = config.data, config.train
-    tokens = min(job.example_tokens, data.max_length)
+    """What the device with the most work runs in a step: its examples, spread over as few micro-batches as
+    hold them. Each attends by itself, so that it costs the same in a row of its own and in a packed one."""
+    train = config.train
+    tokens = min(job.example_tokens, config.data.max_length)
     examples = -(-train.global_batch_size // job.num_devices)
-    mine = examples * tokens
-    length = min(data.max_length, mine) if data.packing else tokens
-    rows = -(-mine // length)
-    most = max(1, train.micro_batch_tokens // length)
-    at_once = min(rows, most)
-    targets = max(1, round(at_once * length * job.target_part))
-    shape = Shape(at_once, length, targets, prefix_length)
-    return Step(shape, -(-rows // at_once), train.global_batch_size * tokens, most)
+    most = max(1, train.micro_batch_tokens // tokens)
+    micro_batches = -(-examples // most)
+    at_once = -(-examples // micro_batches)
+    targets = max(1, round(at_once * tokens * job.target_part))
+    shape = Shape(at_once, tokens, targets, prefix_length)
+    return Step(shape, micro_batches, train.global_batch_size * tokens, most)
 
 
 def policy_of(settings: Mapping[str, Any], device: Device) -> Policy:

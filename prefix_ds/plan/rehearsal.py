@@ -24,6 +24,7 @@ from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.recompute import repeatable_layers, repeated_layers
+from prefix_ds.model.varlen import kernels_as_on
 from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
 from prefix_ds.plan.experts import balance_experts
 from prefix_ds.plan.marks import Alive, Mark, Moment
@@ -159,13 +160,19 @@ def _performed(
     weights = list(base.parameters())
     meter = Meter([*weights, *base.buffers()], base.config.get_text_config(decoder=True).vocab_size)
     balance_experts(base)
-    with _told_by(base), meter, tiles_as_on(device_type), fused_attention(meter, device_type):
+    with _told_by(base), meter, _as_on(device_type, meter):
         assert keys.recompute != "auto"
         lm = PrefixLM(base, attention=keys.attention, recompute=keys.recompute, device=torch.device("meta"))
         slots = chosen(lm.slots) if chosen else lm.slots
         notes = _Notes(base, meter)
         _run(lm, shape, slots, weights)
         return notes.marks(), slots
+
+
+@contextmanager
+def _as_on(device_type: str, meter: Meter) -> Iterator[None]:
+    with tiles_as_on(device_type), kernels_as_on(device_type), fused_attention(meter, device_type):
+        yield
 
 
 @contextmanager
