@@ -7,9 +7,13 @@ pinned memory, on a stream of its own, and hands a share on when it has arrived.
 What is handed on is what `make` gives for its number, in whatever order it is asked for; an error in the
 thread is raised where its share is asked for. Nothing is remembered that a checkpoint would need.
 
+The thread pauses before each share, unless somebody waits for it. When a share has been taken, the step is
+about to begin, and the two would fight for the interpreter's lock; a moment later the device is busy.
+
 Knows nothing of what is in a share, or of when it is used.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +26,7 @@ from torch import Tensor
 from prefix_ds.data.batch import Batch, Share
 
 _AHEAD = 3  # shares
+_PAUSE_SECONDS = 0.02
 
 
 class Ahead:
@@ -33,13 +38,18 @@ class Ahead:
         self._make, self._placed = make, _Copies(device) if device.type == "cuda" else _as_it_is
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shares ahead")
         self._coming: dict[int, Future[Share]] = {}
+        self._hurry = threading.Event()  # set while a share is waited for
 
     def share(self, step: int) -> Share:
         """The share of a step, on the device. Waits for it, and raises what `make` raised."""
-        last = max(step, min(step + _AHEAD, self.num_steps - 1))
-        coming = {n: self._coming.get(n) or self._begun(n) for n in range(step, last + 1)}
-        share, self._coming = coming.pop(step), coming
-        return share.result()
+        asked = self._under_way(step)
+        if not asked.done():
+            self._hurry.set()
+        share = asked.result()
+        self._hurry.clear()
+        end = min(step + 1 + _AHEAD, self.num_steps)
+        self._coming = {n: self._under_way(n) for n in range(step + 1, end)}
+        return share
 
     def __iter__(self) -> Iterator[Share]:
         """All shares in turn."""
@@ -53,10 +63,16 @@ class Ahead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends the thread, which finishes the share it is at."""
+        self._hurry.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _begun(self, step: int) -> Future[Share]:
-        return self._thread.submit(lambda: self._placed(self._make(step)))
+    def _under_way(self, step: int) -> Future[Share]:
+        return self._coming.get(step) or self._thread.submit(self._made, step)
+
+    def _made(self, step: int) -> Share:
+        """In the thread."""
+        self._hurry.wait(_PAUSE_SECONDS)
+        return self._placed(self._make(step))
 
 
 def _as_it_is(share: Share) -> Share:

@@ -18,7 +18,7 @@ import torch
 from prefix_ds.devices import DEVICES
 from prefix_ds.dist import World, summed
 
-_SECONDS, _SIZE = 0.2, {"cpu": 2048, "cuda": 8192}
+_SECONDS, _SIZE = 0.4, {"cpu": 2048, "cuda": 8192}
 _OTHER_BUILDS = {"laptop", "mig", "nvl", "pcie"}  # of a GPU on the list, slower than what is there
 
 
