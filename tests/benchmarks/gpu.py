@@ -78,12 +78,15 @@ def main():
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     table = Table("row", "case", "tokens/s", "s a step", "TFLOP/s", "bare", "of bare", "GiB", "idle", "loss")
     for row in ROWS[IS_TINY]:
-        if (bare := in_a_process("bare", row)) is None:
+        cases = ("PEFT", "PEFT, 8 bits", *CASES)
+        chosen = [case for case in cases if all(word in f"{case}, {row}" for word in words)]
+        if not chosen or (bare := in_a_process("bare", row)) is None:
             continue
-        for case in ("PEFT", "PEFT, 8 bits", *CASES):
-            if all(word in f"{case} {row}" for word in words):
-                table.add_row(f"{row:,}", case, *cells(row, in_a_process(case, row), bare["rate"]))
         show_products(row, bare)
+        for case in chosen:
+            told = cells(row, in_a_process(case, row), bare["rate"])
+            CONSOLE.print(f"{case}, a row of {row:,}: {' '.join(told)}", markup=False)
+            table.add_row(f"{row:,}", case, *told)
     CONSOLE.print(table)
 
 
