@@ -17,14 +17,13 @@ import torch
 from torch import nn
 
 from prefix_ds import __version__
-from prefix_ds.config import DataKeys, RunConfig
+from prefix_ds.config import RunConfig
 from prefix_ds.data.examples import Examples, load_examples
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
 from prefix_ds.dist import (
     World,
     first_here_first,
-    from_first,
     joined_world,
     on_first,
     peers_may_die,
@@ -48,6 +47,7 @@ from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
 from prefix_ds.optim import adamw
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
+from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, claim
 from prefix_ds.stop import StopRequest
 from prefix_ds.suitability import check_base
@@ -94,9 +94,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     trained = _trained(config, settings, tokenizer, world)
     memory = RunMemory(folder, world, config)
     start = memory.restore(trained.engine)
-    data = _rows_for(config.data, trained.lm)
-    stream = Stream(examples["train"], data, config.train, world)
-    sweep = Sweep(examples["valid"], data, config.train, world) if "valid" in examples else None
+    limits = limits_for(trained.lm, config)
+    stream = Stream(examples["train"], limits, config.train, world)
+    sweep = Sweep(examples["valid"], limits, world) if "valid" in examples else None
     _tell(world, trained, examples.values(), start)
     told = examples.values() if world.is_first else ()  # a digest reads all of the data: once is enough
     facts = _facts(config, folder, told)
@@ -184,14 +184,6 @@ def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
     for line in lm.limits if world.is_first else ():
         log.warning("%s", line)
     return lm
-
-
-def _rows_for(data: DataKeys, lm: PrefixLM) -> DataKeys:
-    """The data keys, with packing off for a base whose layers carry state from one document to the next."""
-    if data.packing and not from_first(lm.can_pack):  # each rank found it out from its own rounding
-        log.warning("data.packing is off: %s cannot keep documents of one row apart", lm.family)
-        return data.model_copy(update={"packing": False})
-    return data
 
 
 def _facts(config: RunConfig, folder: RunFolder, examples: Iterable[Examples]) -> Facts:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_ds.data.batch import Batch
+from prefix_ds.data.batch import Batch, documents_of
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import KeyValue, random_table
 
@@ -20,7 +20,12 @@ def batch_of(*rows: Sequence[Tensor]) -> Batch:
     ids_BT = torch.stack([torch.cat(list(row)) for row in rows])
     positions_BT = torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in rows])
     places = torch.arange(ids_BT.numel())
-    return Batch(ids_BT, positions_BT, places, ids_BT.flatten().roll(-1), ids_BT.numel())
+    return whole_batch(ids_BT, positions_BT, places, ids_BT.flatten().roll(-1))
+
+
+def whole_batch(ids_BT: Tensor, positions_BT: Tensor, index_M: Tensor, target_ids_M: Tensor) -> Batch:
+    """Rows without padding, whose documents are read off their positions."""
+    return Batch(ids_BT, positions_BT, index_M, target_ids_M, ids_BT.numel(), documents_of(positions_BT))
 
 
 def table_of(keys_values: Sequence[KeyValue]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from prefix_ds.config import parse_config
-from prefix_ds.data.batch import Batch, Share
+from prefix_ds.data.batch import Share
 from prefix_ds.dist import joined_world, wait_for_all
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.full_engine import FullEngine
@@ -26,6 +26,7 @@ from prefix_ds.model import PrefixLM
 from prefix_ds.optim import adamw
 from prefix_ds.plan import Device, Job, estimator
 from prefix_ds.prefix import Direct, random_table
+from tests.laws import whole_batch
 from tests.ranks import on_ranks
 from tests.resident import MIB, forget_highest, give_back_what_is_free, highest, resident, settle
 
@@ -178,7 +179,7 @@ def share_of(case, vocab_size=16000):
     )
     positions_BT = torch.arange(case.length).expand(case.rows, -1)
     index_M = torch.arange(ids_BT.numel())
-    batch = Batch(ids_BT, positions_BT, index_M, ids_BT.flatten().roll(-1), ids_BT.numel())
+    batch = whole_batch(ids_BT, positions_BT, index_M, ids_BT.flatten().roll(-1))
     return Share((batch,), len(index_M) * case.ranks, ids_BT.numel() * case.ranks, case.rows)
 
 

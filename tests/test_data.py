@@ -19,7 +19,7 @@ import torch
 from prefix_ds import dist
 from prefix_ds.config import DataKeys, TrainKeys
 from prefix_ds.data import packing
-from prefix_ds.data.batch import Share
+from prefix_ds.data.batch import Document, Share, documents_of
 from prefix_ds.data.collate import collate
 from prefix_ds.data.encode import encoder_of
 from prefix_ds.data.examples import Examples, load_examples, tokenise_split
@@ -641,12 +641,15 @@ def test_plans_hold_every_example_once_within_all_limits():
     rng = np.random.default_rng(2)
     for _ in range(150):
         lengths, max_length = random_lengths(rng)
-        limits = packing.Limits(max_length, max_length + int(rng.integers(0, 900)), bool(rng.integers(2)))
+        most = max_length + int(rng.integers(0, 900))
+        limits = packing.Limits([None, max_length, most][rng.integers(3)], most)
         shares = packing.plan(lengths, limits, int(rng.integers(1, 9)))
         rows = [row for share in shares for batch in share for row in batch]
         assert sorted(e for row in rows for e in row) == list(range(len(lengths)))
-        assert all(sum(lengths[e] for e in row) <= max_length for row in rows)
-        assert limits.packing or all(len(row) == 1 for row in rows)
+        if limits.row_tokens is None:
+            assert all(len(row) == 1 for row in rows)
+        else:
+            assert all(sum(lengths[e] for e in row) <= limits.row_tokens for row in rows)
         assert len({len(share) for share in shares}) == 1
         for batch in (batch for share in shares for batch in share if batch):
             widest = max(sum(lengths[e] for e in row) for row in batch)
@@ -663,6 +666,16 @@ def test_ranks_have_nearly_the_same_number_of_tokens():
         assert max(loads) - min(loads) <= max(max(each, default=0) for each in rows)
 
 
+def test_a_row_as_long_as_a_micro_batch_needs_no_padding():
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(10, 200, size=300).tolist()
+    for share in packing.plan(lengths, packing.Limits(2048, 2048), 2):
+        assert all(len(batch) == 1 for batch in share)
+        tokens = [sum(lengths[e] for e in batch[0]) for batch in share]
+        assert max(tokens) - min(tokens) < 200
+        assert len(tokens) <= -(-sum(tokens) // 2048) + 1
+
+
 def test_rows_are_as_few_as_best_fit_and_hardly_padded():
     rng = np.random.default_rng(4)
     lengths = rng.integers(10, 200, size=1000).tolist()
@@ -673,6 +686,10 @@ def test_rows_are_as_few_as_best_fit_and_hardly_padded():
 
 
 # --- batches -------------------------------------------------------------------------------------------
+
+
+def limits(data, train):
+    return packing.Limits(data.max_length if data.packing else None, train.micro_batch_tokens)
 
 
 def documents(share: Share):
@@ -704,10 +721,13 @@ def test_a_global_batch_is_the_same_at_any_world_size(tmp_path, tokenizer, packi
         (prompt + target, tuple(range(len(prompt), len(prompt + target))))
         for prompt, target in tokens_of(examples)
     ]
-    for step in range(Stream(examples, data, train, world()).num_steps):
+    for step in range(Stream(examples, limits(data, train), train, world()).num_steps):
         wanted = Counter(expected[i] for i in Order(60, train).batch(step))
         for size in (1, 2, 4, 8):
-            shares = [Stream(examples, data, train, world(rank, size)).share(step) for rank in range(size)]
+            shares = [
+                Stream(examples, limits(data, train), train, world(rank, size)).share(step)
+                for rank in range(size)
+            ]
             assert sum((Counter(documents(share)) for share in shares), Counter()) == wanted
             assert len({len(share.micro_batches) for share in shares}) == 1
             assert {share.global_targets for share in shares} == {
@@ -724,9 +744,9 @@ def test_a_global_batch_is_the_same_at_any_world_size(tmp_path, tokenizer, packi
 def test_a_share_depends_on_its_step_alone(tmp_path, tokenizer):
     examples = tokenise_split("train", keys(tmp_path), tokenizer)
     train = TrainKeys(epochs=3, global_batch_size=7, micro_batch_tokens=200)
-    walked = Stream(examples, keys(tmp_path), train, world(1, 2))
+    walked = Stream(examples, limits(keys(tmp_path), train), train, world(1, 2))
     for step in range(walked.num_steps):
-        fresh = Stream(examples, keys(tmp_path), train, world(1, 2)).share(step)
+        fresh = Stream(examples, limits(keys(tmp_path), train), train, world(1, 2)).share(step)
         for ours, theirs in zip(walked.share(step).micro_batches, fresh.micro_batches, strict=True):
             for name in ("ids_BT", "positions_BT", "target_index_M", "target_ids_M"):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))
@@ -749,7 +769,7 @@ def test_a_rank_without_work_runs_empty_micro_batches(tmp_path, tokenizer):
     data = keys(tmp_path, RECORDS[:3])
     examples = tokenise_split("train", data, tokenizer)
     train = TrainKeys(epochs=1, global_batch_size=8, micro_batch_tokens=96)
-    shares = [Stream(examples, data, train, world(rank, 8)).share(0) for rank in range(8)]
+    shares = [Stream(examples, limits(data, train), train, world(rank, 8)).share(0) for rank in range(8)]
     idle = [share for share in shares if not documents(share)]
     assert len(idle) == 5
     for share in idle:
@@ -765,6 +785,8 @@ def test_padding_is_a_document_of_its_own():
     assert batch.target_index_M.tolist() == [0, 1, 3, 5]
     assert batch.target_ids_M.tolist() == [6, 7, 9, 3]
     assert batch.num_tokens == 7
+    assert batch.documents == (Document(0, 0, 3), Document(0, 3, 5), Document(1, 0, 2))
+    assert documents_of(batch.positions_BT) == (*batch.documents, Document(1, 2, 5))
 
 
 def test_a_sweep_shows_every_example_once_at_any_world_size(tmp_path, tokenizer):
@@ -773,8 +795,8 @@ def test_a_sweep_shows_every_example_once_at_any_world_size(tmp_path, tokenizer)
     train = TrainKeys(micro_batch_tokens=96)
     wanted = Counter(prompt + target for prompt, target in tokens_of(examples))
     for size in (1, 2, 3):
-        sweeps = [list(Sweep(examples, data, train, world(rank, size))) for rank in range(size)]
-        assert len(sweeps[0]) == len(Sweep(examples, data, train, world(0, size))) > 1
+        sweeps = [list(Sweep(examples, limits(data, train), world(rank, size))) for rank in range(size)]
+        assert len(sweeps[0]) == len(Sweep(examples, limits(data, train), world(0, size))) > 1
         for shares in zip(*sweeps, strict=True):
             assert len({len(share.micro_batches) for share in shares}) == 1
         seen = Counter(ids for sweep in sweeps for share in sweep for ids, _ in documents(share))

@@ -24,9 +24,12 @@ from torch import Tensor
 from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.families import REFUSED
+from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.skeleton import check_skeleton
 from tests.laws import batch_of, calls_of, distance, seen_steps, table_of
 from tests.tiny_models import FAMILIES, tiny, tiny_config
+
+UNKNOWN_FINISH: set[str] = set()  # what becomes of the logits there is done to all of them at once
 
 TOLERANCE = 1e-12  # relative to the largest logit
 WRONG = 1e-2  # what a missing or misplaced prefix exceeds by far
@@ -183,6 +186,14 @@ def test_a_prefix_of_tokens_is_those_tokens(exact: Subject) -> None:
     theirs = torch.cat([exact.one_TV, exact.other_TV])
     assert distance(exact.logits([exact.one], [exact.other]), theirs) < TOLERANCE
     assert distance(exact.logits([exact.one], [exact.other], prefixed=False), theirs) > WRONG
+
+
+def test_the_loss_is_that_of_its_logits(exact: Subject) -> None:
+    assert (exact.lm._findings.finish is None) == (exact.family in UNKNOWN_FINISH)
+    loss, _ = exact.loss()
+    logits_MV = exact.logits([exact.other[:3], exact.one[:4]], [exact.other])
+    ids_M = batch_of([exact.other[:3], exact.one[:4]], [exact.other]).target_ids_M
+    assert distance(loss, summed_nll(logits_MV, ids_M)) < TOLERANCE
 
 
 def test_padded(exact: Subject) -> None:

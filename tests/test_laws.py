@@ -190,12 +190,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, before, after):
 def look_at_frozen_and_optimizer(config):
     """Trains three steps by hand and looks at what happened to the base and to memory."""
     from prefix_ds.data.stream import Stream
+    from prefix_ds.rows import limits_for
     from prefix_ds.train import _trained
 
     with joined_world() as world:
         tokenizer = load_tokenizer(config.model)
         made = _trained(config, deepspeed_settings(config, world.size), tokenizer, world)
-        stream = Stream(tokenise_split("train", config.data, tokenizer), config.data, config.train, world)
+        stream = Stream(
+            tokenise_split("train", config.data, tokenizer), limits_for(made.lm, config), config.train, world
+        )
         before = digests(made.base.module)
         start = made.engine.prefix.table().detach().clone()
         for step in range(3):

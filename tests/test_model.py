@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
 
-from prefix_ds.data.batch import Batch
+from prefix_ds.data.batch import Batch, documents_of
 from prefix_ds.errors import ModelError
-from prefix_ds.model import PrefixLM, attention, likelihood
-from prefix_ds.model.attention import documents_of, widened
+from prefix_ds.model import PrefixLM, attention, flash, likelihood
+from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
+from prefix_ds.model.masks import Causal, Rule, pattern_of
 from prefix_ds.prefix import keys_values_of
 from prefix_ds.prefix import table_of as float32_table_of
 from tests.laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
@@ -186,8 +187,8 @@ def test_masks_keep_their_kind_and_show_the_prefix(dtype: torch.dtype) -> None:
     causal = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     low = torch.finfo(torch.float32 if dtype == torch.bool else dtype).min
     mask = causal if dtype == torch.bool else torch.zeros(causal.shape, dtype=dtype).masked_fill(~causal, low)
-    documents_BT = documents_of(torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]) + 7)
-    wide = widened(mask, 3, documents_BT, None)
+    documents = documents_of(torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]) + 7)
+    wide = widened(mask, 3, documents, None)
     seen = wide if dtype == torch.bool else wide == 0
     assert wide.dtype == dtype
     assert seen[..., :3].all()
@@ -206,8 +207,73 @@ def test_one_mask_serves_all_layers_of_a_kind(
         return made[-1]
 
     monkeypatch.setattr(attention, "widened", spy)
-    grad_of(lm, batch_of([tokens(9)]), noisy_table(lm))
+    with lm.prefixed(noisy_table(lm), lm.slots):
+        lm.base(input_ids=tokens(9)[None])
     assert len(made) == kinds
+
+
+@pytest.fixture
+def made_whole(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for every mask that is written out."""
+    calls: list[None] = []
+    whole = Rule.whole
+    monkeypatch.setattr(Rule, "whole", lambda mask: (calls.append(None), whole(mask))[1])
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("family", "by_kernels"),
+    [("llama", 4), ("mistral", 4), ("gpt2", 4), ("gemma2", 0), ("gpt_oss", 0), ("deepseek_v3", 0)],
+)
+def test_packed_rows_are_attended_without_a_mask_of_theirs(
+    family: str, by_kernels: int, made_whole: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, layouts = PrefixLM(tiny(family, window=4)), []
+    attended = flash.attended
+    monkeypatch.setattr(flash, "attended", lambda *a: (layouts.append(a[-1]), attended(*a))[1])
+    grad_of(lm, batch_of([tokens(9), tokens(3)]), noisy_table(lm))
+    assert made_whole == []
+    assert len(layouts) == by_kernels
+    assert all(layout.pattern == Causal(4 if family == "mistral" else None) for layout in layouts)
+
+
+def test_a_model_that_reads_its_mask_gets_one(made_whole: list[None]) -> None:
+    lm = PrefixLM(tiny("deepseek_v32"))
+    made_whole.clear()
+    grad_of(lm, batch_of([tokens(9), tokens(3)]), noisy_table(lm))
+    assert made_whole
+
+
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [("gemma2", 4), ("deepseek_v3", 2), ("llama4_text", 4)],  # where a chunk ends depends on the place
+)
+def test_documents_of_one_length_share_a_mask(
+    family: str, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, lengths = PrefixLM(tiny(family, window=4)), []
+    seen = Rule.seen_in
+    monkeypatch.setattr(Rule, "seen_in", lambda mask, d: (lengths.append(d.length), seen(mask, d))[1])
+    grad_of(lm, batch_of([tokens(9), tokens(3), tokens(9), tokens(3)]), noisy_table(lm))
+    assert len(lengths) == masks
+
+
+RULES: list[tuple[Any, Causal | None]] = [
+    (masking_utils.causal_mask_function, Causal()),
+    (masking_utils.sliding_window_causal_mask_function(7), Causal(7)),
+    (masking_utils.chunked_causal_mask_function(7, torch.zeros(1)), None),
+    (masking_utils.bidirectional_mask_function, None),
+]
+
+
+@pytest.mark.parametrize(("rule", "pattern"), RULES)
+def test_the_pattern_of_a_rule_is_known_or_is_told_to_be_unknown(rule: Any, pattern: Causal | None) -> None:
+    positions_BT = torch.arange(9)[None]
+    packed = masking_utils.packed_sequence_compatibility_function(rule, positions_BT, positions_BT * 0)
+    assert pattern_of(rule) == pattern_of(packed) == pattern
+    place = torch.arange(9)
+    if pattern is not None:
+        assert pattern.block(9, torch.device("cpu")).equal(rule(0, 0, place[:, None], place))
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -218,7 +284,7 @@ def test_one_mask_serves_all_layers_of_a_kind(
 def test_the_loss_in_chunks_is_the_plain_one(
     chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(likelihood, "_CHUNK_NUMBERS", chunk)
+    monkeypatch.setitem(likelihood._CHUNK_NUMBERS, "cpu", chunk)
     logits, targets = torch.randn(9, 33).mul(4).to(dtype).requires_grad_(), torch.arange(9)
     wide = logits.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     ours, plain = (
@@ -243,14 +309,53 @@ def test_a_batch_without_targets_runs_through_all_layers_and_gives_zeros(llama: 
     assert len(calls) == len(output_calls) == 1
 
 
-def test_only_targets_reach_the_output_layer(llama: PrefixLM) -> None:
-    shapes = []
-    llama.base.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(tuple(logits.shape)))
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_only_targets_reach_the_output_layer_some_at_a_time(
+    num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(likelihood._CHUNK_NUMBERS, "cpu", num_rows * 100)
+    lm, shapes = PrefixLM(tiny("llama")), []
+    layer = lm._head._stock
+    monkeypatch.setattr(lm._head, "_stock", lambda h: (shapes.append(tuple(h.shape[:2])), layer(h))[1])
     batch = batch_of([tokens(6)], [tokens(6, seed=1)])
-    llama.loss(
-        replace(batch, target_index_M=torch.tensor([7, 2]), target_ids_M=torch.tensor([5, 6])), None, ()
-    )
-    assert shapes == [(1, 2, 100)]
+    few = replace(batch, target_index_M=torch.tensor([7, 2, 4]), target_ids_M=torch.tensor([5, 6, 7]))
+    lm.loss(few, None, ())
+    assert shapes == {1: [(1, 1)] * 3, 2: [(1, 2), (1, 1)], 3: [(1, 3)]}[num_rows]
+    lm.logits(few, None, ())
+    assert shapes[-1] == (1, 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "bart", "gpt2"])
+@pytest.mark.parametrize("chunk", [100, 10**9])
+def test_a_loss_within_the_output_layer_is_that_of_its_logits(
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(likelihood._CHUNK_NUMBERS, "cpu", chunk)
+    lm = PrefixLM(tiny(family))
+    batch, table_PD = batch_of([tokens(9), tokens(4, seed=1)]), noisy_table(lm)
+    assert lm._findings.finish is not None
+    loss, grad_PD = grad_of(lm, batch, table_PD)
+    plain = summed_nll(lm.logits(batch, table_PD, lm.slots), batch.target_ids_M)
+    (plain_PD,) = torch.autograd.grad(plain, table_PD)
+    assert distance(loss, plain) < EXACT
+    assert distance(grad_PD, plain_PD) < EXACT
+
+
+def test_logits_that_nobody_knows_how_to_finish_are_computed_at_once(llama: PrefixLM) -> None:
+    batch, table_PD = batch_of([tokens(9)]), noisy_table(llama)
+    loss, grad_PD = grad_of(llama, batch, table_PD)
+    llama._findings = replace(llama._findings, finish=None)
+    whole, whole_PD = grad_of(llama, batch, table_PD)
+    assert distance(loss, whole) < EXACT
+    assert distance(grad_PD, whole_PD) < EXACT
+
+
+def test_without_gradients_the_output_layer_has_none_either(llama: PrefixLM) -> None:
+    batch = batch_of([tokens(9)])
+    with torch.no_grad():
+        loss = llama.loss(batch, noisy_table(llama), llama.slots)
+    assert not loss.requires_grad
+    assert distance(loss, grad_of(llama, batch, noisy_table(llama))[0]) == 0
 
 
 def test_bfloat16_is_near_float32_and_is_summed_in_float64() -> None:

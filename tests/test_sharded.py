@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from prefix_ds.config import parse_config
-from prefix_ds.data.batch import Batch
 from prefix_ds.dist import joined_world
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
@@ -16,6 +15,7 @@ from prefix_ds.engine.sharding import sharded
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import table_of
+from tests.laws import whole_batch
 from tests.ranks import on_ranks
 from tests.tiny_models import tiny
 
@@ -38,9 +38,8 @@ def batch():
     """Two rows of two documents each."""
     ids_BT = torch.randint(10, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     positions_BT = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)
-    return Batch(
-        ids_BT, positions_BT, torch.tensor([1, 2, 5, 10, 16]), torch.tensor([11, 12, 13, 14, 15]), 18
-    )
+    targets = torch.tensor([1, 2, 5, 10, 16]), torch.tensor([11, 12, 13, 14, 15])
+    return whole_batch(ids_BT, positions_BT, *targets)
 
 
 def answers(lm):

@@ -1,16 +1,40 @@
 """What a model is given: packed rows, and which tokens it must predict.
 
 A row holds one or several documents side by side. `positions` start again at 0 with each document, which is
-how the attention masks tell them apart; what pads a row is one more document that nobody looks at.
-`target_index` points into the flattened rows at the places whose *next* token is a target, `target_ids` are
-those tokens.
+how models' own masks tell them apart, and `documents` says where they are; what pads a row is in none of
+them. `target_index` points into the flattened rows at the places whose *next* token is a target, `target_ids`
+are those tokens.
 
 Knows nothing of models, files or ranks.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
+
+
+@dataclass(frozen=True)
+class Document:
+    """The columns start..stop of a row."""
+
+    row: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return self.stop - self.start
+
+
+def documents_of(positions_BT: torch.Tensor) -> tuple[Document, ...]:
+    """The documents of rows, read off their positions: a new one starts where they do not go on."""
+    found = []
+    for row, positions_T in enumerate(positions_BT.cpu()):
+        starts = torch.nonzero(positions_T.diff(prepend=positions_T[:1] - 2) != 1).flatten().tolist()
+        found += [Document(row, *pair) for pair in itertools.pairwise([*starts, len(positions_T)])]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -22,15 +46,16 @@ class Batch:
     target_index_M: torch.Tensor
     target_ids_M: torch.Tensor
     num_tokens: int  # real ones, padding not counted
+    documents: tuple[Document, ...]  # in their order
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(
-            self.ids_BT.to(device, non_blocking=True),
-            self.positions_BT.to(device, non_blocking=True),
-            self.target_index_M.to(device, non_blocking=True),
-            self.target_ids_M.to(device, non_blocking=True),
-            self.num_tokens,
+        return replace(
+            self,
+            **{
+                name: getattr(self, name).to(device, non_blocking=True)
+                for name in ("ids_BT", "positions_BT", "target_index_M", "target_ids_M")
+            },
         )
 
 

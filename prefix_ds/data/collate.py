@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_ds.data.batch import Batch
+from prefix_ds.data.batch import Batch, Document
 
 Ints = NDArray[np.int64]
 
@@ -31,25 +31,29 @@ def collate(
     ids_BT = np.full((len(rows), max(widths)), pad_id, dtype=np.int64)
     positions_BT = np.zeros_like(ids_BT)
     is_target_BT = np.zeros(ids_BT.shape, dtype=bool)
+    documents = []
     for b, row in enumerate(rows):
         column = 0
         for document in row:
             end = column + len(ids[document])
+            documents.append(Document(b, column, end))
             ids_BT[b, column:end] = ids[document]
             positions_BT[b, column:end] = np.arange(end - column)
             is_target_BT[b, end - num_targets[document] : end] = True
             column = end
         positions_BT[b, column:] = np.arange(max(widths) - column)
-    return _batch(ids_BT, positions_BT, np.flatnonzero(is_target_BT), sum(widths))
+    return _batch(ids_BT, positions_BT, np.flatnonzero(is_target_BT), documents, sum(widths))
 
 
 def empty_batch(pad_id: int) -> Batch:
     """What a rank runs when it has nothing left and others do: two tokens, no target."""
     ids_BT = np.full((1, 2), pad_id, dtype=np.int64)
-    return _batch(ids_BT, np.array([[0, 1]]), np.zeros(0, dtype=np.int64), 0)
+    return _batch(ids_BT, np.array([[0, 1]]), np.zeros(0, dtype=np.int64), [Document(0, 0, 2)], 0)
 
 
-def _batch(ids_BT: Ints, positions_BT: Ints, places_M: Ints, num_tokens: int) -> Batch:
+def _batch(
+    ids_BT: Ints, positions_BT: Ints, places_M: Ints, documents: Sequence[Document], num_tokens: int
+) -> Batch:
     """`places_M` are the targets' own places in the flattened rows; each is predicted one before."""
     return Batch(
         ids_BT=torch.from_numpy(ids_BT),
@@ -57,4 +61,5 @@ def _batch(ids_BT: Ints, positions_BT: Ints, places_M: Ints, num_tokens: int) ->
         target_index_M=torch.from_numpy(places_M - 1),
         target_ids_M=torch.from_numpy(ids_BT.ravel()[places_M]),
         num_tokens=num_tokens,
+        documents=tuple(documents),
     )

@@ -4,9 +4,10 @@ Three greedy steps, all of them deterministic:
 
 1. *Deal*: longest first, each example to the rank that has the fewest tokens (LPT, Graham 1969). The most
    and the least loaded rank differ by one example at most.
-2. *Pack*: a rank's examples into rows of at most `max_length`, best fit decreasing (Johnson 1974) to learn
+2. *Pack*: a rank's examples into rows of at most `row_tokens`, best fit decreasing (Johnson 1974) to learn
    how few rows are enough, and then LPT into that many rows, kept if it fits: rows of equal length, which
-   need no padding.
+   need no padding. Where attention costs the square of a row, rows are as long as an example may be; where
+   each document attends alone, a row is a micro-batch, and nothing is padded at all.
 3. *Group*: rows, longest first, into micro-batches of at most `micro_batch_tokens` padded tokens. The ranks'
    largest micro-batches so run at the same time.
 
@@ -30,9 +31,8 @@ MicroBatch = list[Row]
 class Limits:
     """What bounds rows and micro-batches, in tokens."""
 
-    max_length: int
+    row_tokens: int | None  # None: a row an example
     micro_batch_tokens: int
-    packing: bool = True
 
 
 def plan(lengths: Sequence[int], limits: Limits, num_ranks: int) -> list[list[MicroBatch]]:
@@ -75,11 +75,12 @@ def best_fit(lengths: Sequence[int], examples: Sequence[int], capacity: int) -> 
 
 
 def _rows(lengths: Sequence[int], examples: Sequence[int], limits: Limits) -> list[Row]:
-    if not limits.packing:
+    most = limits.row_tokens
+    if most is None:
         return [[example] for example in examples]
-    rows = best_fit(lengths, examples, limits.max_length)
+    rows = best_fit(lengths, examples, most)
     even = spread(lengths, examples, len(rows)) if rows else []
-    return even if all(_length(row, lengths) <= limits.max_length for row in even) else rows
+    return even if all(_length(row, lengths) <= most for row in even) else rows
 
 
 def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: Limits) -> list[MicroBatch]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from prefix_ds.config import DataKeys, TrainKeys
+from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.data.collate import collate
 from prefix_ds.data.examples import Examples, Ints
@@ -27,11 +27,10 @@ _SWEEP_MICRO_BATCHES = 8
 class Stream:
     """The training batches of one rank."""
 
-    def __init__(self, examples: Examples, data: DataKeys, train: TrainKeys, world: World) -> None:
-        """Nothing is read until a share is asked for."""
-        self.examples, self.world = examples, world
+    def __init__(self, examples: Examples, limits: Limits, train: TrainKeys, world: World) -> None:
+        """Nothing is read until a share is asked for. `train` says what is in a batch."""
+        self.examples, self.limits, self.world = examples, limits, world
         self.order = Order(len(examples), train)
-        self.limits = _limits(data, train)
 
     @property
     def num_steps(self) -> int:
@@ -51,10 +50,9 @@ class Stream:
 class Sweep:
     """All examples once, as the shares of one rank; every rank gets as many."""
 
-    def __init__(self, examples: Examples, data: DataKeys, train: TrainKeys, world: World) -> None:
-        """`train` says only how many tokens a micro-batch has."""
-        self.examples, self.world = examples, world
-        self.limits = _limits(data, train)
+    def __init__(self, examples: Examples, limits: Limits, world: World) -> None:
+        """Nothing is read until a share is asked for."""
+        self.examples, self.limits, self.world = examples, limits, world
 
     def __iter__(self) -> Iterator[Share]:
         for chunk in self._chunks():
@@ -69,10 +67,6 @@ class Sweep:
         chunk_of = (np.cumsum(self.examples.lengths) - 1) // budget
         borders = np.flatnonzero(np.diff(chunk_of)) + 1
         return np.split(np.arange(len(self.examples)), borders)
-
-
-def _limits(data: DataKeys, train: TrainKeys) -> Limits:
-    return Limits(data.max_length, train.micro_batch_tokens, data.packing)
 
 
 def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Share:

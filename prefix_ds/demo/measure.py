@@ -25,6 +25,7 @@ from prefix_ds.generate import write_outputs
 from prefix_ds.initial import initial_prefix
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
+from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import open_run
 
 
@@ -55,7 +56,8 @@ def _way_of_all_weights(folder: Path, world: World) -> Iterator[Scores]:
 
 def _scores(way: str, opened: Opened, config: RunConfig, world: World) -> Scores:
     data, tokenizer = config.data, opened.tokenizer
-    sweep = Sweep(load_examples("valid", data, tokenizer, world), data, config.train, world)
+    limits = limits_for(opened.lm, config)
+    sweep = Sweep(load_examples("valid", data, tokenizer, world), limits, world)
     loss = mean_loss(opened.lm, opened.table_PD, opened.slots, sweep, world.device)
     prompts = read_prompts(str(data.test), "data.test", data, tokenizer, data.max_length, references=False)
     written = write_outputs(opened, prompts, config.generate, world)

@@ -2,30 +2,31 @@
 
 transformers lets an attention function be registered under a name, together with the function that builds its
 masks, and a model switched to that name calls it in every layer, after rotary embedding. Ours puts the
-prefix's keys and values in front of the text's, widens the mask, and hands on to the function the model came
-with: torch's scaled dot product, or the `eager_attention_forward` of the model's own file where scores are
-soft-capped or attention sinks are used, which the former drops without a word. Nothing enters the key/value
-cache. Recomputation, packing, windows and generation therefore need no knowledge of the prefix, which is
-where a prefix put in the cache breaks (checkpointed layers drop the cache; packed positions are not
-recognised beside one).
+prefix's keys and values in front of the text's and hands on to what the model came with: torch's scaled dot
+product, or the `eager_attention_forward` of the model's own file where scores are soft-capped or attention
+sinks are used, which the former drops without a word. Nothing enters the key/value cache. Recomputation,
+packing, windows and generation therefore need no knowledge of the prefix, which is where a prefix put in the
+cache breaks (checkpointed layers drop the cache; packed positions are not recognised beside one).
+
+In training every document attends alone, so that a row costs the sum of its documents' squares: by kernels
+that need no mask (`flash`) or, where they do not fit, by the model's function called for one document at a
+time. Where a model has changed the mask, or brings something else that spans the row, the row attends as a
+whole, and so it does in generation. Then documents are hidden from each other here, for transformers does it
+only for families that tell its mask functions the positions, and gpt_oss, OPT and twenty more do not. The
+prefix is visible to every position, whatever the window. One widened mask serves all layers of a kind; it is
+bool for scaled dot product and additive for the models' own functions.
 
 The prefix is found through the attention module, on which `Joint` leaves a mark, never through a keyword
 (some layers pass none on, and `generate` refuses unknown ones) nor a global. A module that attends several
 times in a forward pass has a place for a prefix in each; recomputation repeats calls, so it starts from the
 count of calls its layer began with.
 
-Masks: ours are never left out (`None` means two different things to torch), bool for scaled dot product and
-additive for the models' own functions. The prefix is visible to every position, whatever the window.
-Documents in a row are hidden from each other here, for transformers does it only for families that tell its
-mask functions the positions, and gpt_oss, OPT and twenty more do not. One widened mask serves all layers of a
-kind.
-
 Knows nothing of what is trained, of losses or of devices.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,23 +36,33 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
+
+from prefix_ds.data.batch import Document
+from prefix_ds.model import flash
+from prefix_ds.model.masks import Causal, LazyMask, Rule, lazy_eager_mask, lazy_sdpa_mask
 
 # The names decide: transformers looks for "sdpa", "flash" and "paged|" inside them.
 OVER_SDPA, OVER_OWN = "prefix", "prefix_own"
 _MARK = "_prefix_mark"
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+Documents = Sequence[Document]
+Text = tuple[Tensor, Tensor, Tensor]  # query_BNTH, key_BKTH, value_BKTH
 _WideMasks = MutableMapping[Tensor, dict[tuple[int, int], Tensor]]
 
 
 @dataclass(frozen=True)
 class Front:
-    """Keys and values in front of the text, for one row or each, and the rows that see them (None: all)."""
+    """Keys and values in front of the text, the same for all rows that see them."""
 
-    key_BNPH: Tensor
-    value_BNPH: Tensor
-    seen_B: Tensor | None = None
+    key_NPH: Tensor
+    value_NPH: Tensor
+    rows: frozenset[int] | None = None  # None: all
+
+    def seen_by(self, row: int) -> bool:
+        """Whether the documents of a row see them."""
+        return self.rows is None or row in self.rows
 
 
 class Source(Protocol):
@@ -66,7 +77,8 @@ class Joint:
     """What one base's attention modules share: the prefix in front, and the documents in their rows."""
 
     source: Source | None = None
-    documents_BT: Tensor | None = None  # equal numbers: one document. None: what the model's own mask says
+    documents: Documents | None = None  # None: each row is one, as the model's own mask says
+    attended_whole = False  # whether a row of documents ever was: it costs the square of its length
 
     def __init__(self, base: nn.Module) -> None:
         """Marks every module of the base, since only a forward pass tells which attend."""
@@ -81,36 +93,29 @@ class Joint:
     def _start(self, *_: object) -> None:
         self.calls = Counter()
 
-    def joined(
-        self, name: str, key_BNTH: Tensor, value_BNTH: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and mask of prefix and text together."""
+    def front(self, name: str, key_BNTH: Tensor, value_BNTH: Tensor) -> Front | None:
+        """What stands in front of the text at this call of a module."""
         slot = f"{name}#{self.calls[name]}" if self.calls[name] else name
         self.calls[name] += 1
         front = self.source.front(slot, key_BNTH, value_BNTH) if self.source else None
         if front is None:
-            return key_BNTH, value_BNTH, self._widened(mask, key_BNTH.shape[2], 0, None)
-        num_rows, length = key_BNTH.shape[0], front.key_BNPH.shape[2]
-        key = torch.cat([front.key_BNPH.to(key_BNTH).expand(num_rows, -1, -1, -1), key_BNTH], dim=2)
-        value = torch.cat([front.value_BNPH.to(value_BNTH).expand(num_rows, -1, -1, -1), value_BNTH], dim=2)
-        return key, value, self._widened(mask, key_BNTH.shape[2], length, front.seen_B)
+            return None
+        return Front(front.key_NPH.to(key_BNTH), front.value_NPH.to(value_BNTH), front.rows)
 
-    def _widened(self, mask: Tensor, num_keys: int, length: int, seen_B: Tensor | None) -> Tensor:
-        if not length and self.documents_BT is None:
+    def widened(self, mask: Tensor, key_BNTH: Tensor, front: Front | None) -> Tensor:
+        """The mask for the prefix and these keys of the text, documents hidden from each other."""
+        length, num_keys = front.key_NPH.shape[1] if front else 0, key_BNTH.shape[2]
+        if not length and self.documents is None:
             return mask
         made = self._wide_masks.setdefault(mask, {})
         if (length, num_keys) not in made:
-            made[length, num_keys] = widened(mask[..., :num_keys], length, self.documents_BT, seen_B)
+            each = mask[..., :num_keys].expand(len(key_BNTH), -1, -1, -1)
+            made[length, num_keys] = widened(each, length, self.documents, front.rows if front else None)
         return made[length, num_keys]
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For torch's checkpointing: what surrounds a layer's forward pass, and its recomputation."""
         return nullcontext(), _Rewound(self, self.calls.copy())
-
-
-def documents_of(positions_BT: Tensor) -> Tensor:
-    """The number of each place's document in its row: a new one starts where positions do not go on."""
-    return (positions_BT.diff(dim=1, prepend=positions_BT[:, :1] - 1) != 1).cumsum(dim=1)
 
 
 class _Rewound(AbstractContextManager[None]):
@@ -126,22 +131,30 @@ class _Rewound(AbstractContextManager[None]):
         pass
 
 
-def widened(mask: Tensor, length: int, documents_BT: Tensor | None, seen_B: Tensor | None) -> Tensor:
+def widened(mask: Tensor, length: int, documents: Documents | None, rows: frozenset[int] | None) -> Tensor:
     """A mask [B, 1 or heads, T, K] with `length` columns in front, and documents hidden from each other.
 
-    Bool masks say what is seen; float ones are added to the scores.
+    Bool masks say what is seen; float ones are added to the scores. `rows`: those that see the columns in
+    front; None: all.
     """
     shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
-    if documents_BT is not None:
-        others = documents_BT[:, None, :, None] != documents_BT[:, None, None, :]
-        mask = mask.masked_fill(others, hidden)
+    if documents is not None:
+        number_BT = _numbers(documents, mask.shape[0], mask.shape[-1]).to(mask.device)
+        mask = mask.masked_fill(number_BT[:, None, :, None] != number_BT[:, None, None, :], hidden)
     if not length:
         return mask
-    num_rows = mask.shape[0] if seen_B is None else len(seen_B)
-    front = mask.new_full((num_rows, *mask.shape[1:-1], length), shown)
-    if seen_B is not None:
-        front = front.masked_fill(~seen_B[:, None, None, None], hidden)
-    return torch.cat([front, mask.expand(num_rows, -1, -1, -1)], dim=-1)
+    front = mask.new_full((*mask.shape[:-1], length), shown)
+    for row in range(len(mask)) if rows is not None else ():
+        front[row].fill_(shown if row in rows else hidden)  # type: ignore[operator]
+    return torch.cat([front, mask], dim=-1)
+
+
+def _numbers(documents: Documents, num_rows: int, length: int) -> Tensor:
+    """The number [B, T] of each place's document; what pads a row is one more."""
+    number_BT = torch.full((num_rows, length), -1)
+    for number, document in enumerate(documents):
+        number_BT[document.row, document.start : document.stop] = number
+    return number_BT
 
 
 def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attention:
@@ -154,16 +167,87 @@ def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attenti
         *rest: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        indices = options.pop("indices", None)
+        own, text, mask = delegate_of(module), (query, key, value), attention_mask
+        joint, name = getattr(module, _MARK, (None, ""))
+        if joint is None:
+            return own(module, *text, mask, *rest, **options)
+        front, indices = joint.front(name, key, value), options.pop("indices", None)
+        if joint.documents is not None and indices is None and _is_ours(mask, options):
+
+            def alone(*piece: Tensor) -> Tensor:
+                return own(module, *piece, *rest, **options)[0]
+
+            rule, scale = mask.rule, options.get("scaling")
+            if own is sdpa_attention_forward and not rest and _fits_kernels(text, rule, options):
+                return _by_kernels(text, rule.pattern, front, joint.documents, scale), None
+            return _one_by_one(alone, text, rule, front, joint.documents), None
+        joint.attended_whole |= joint.documents is not None
+        whole = mask.rule.whole() if isinstance(mask, LazyMask) else mask
         if indices is not None:
-            attention_mask = _only(indices, attention_mask)
-        mark = getattr(module, _MARK, None)
-        if mark is not None:
-            joint, name = mark
-            key, value, attention_mask = joint.joined(name, key, value, attention_mask)
-        return delegate_of(module)(module, query, key, value, attention_mask, *rest, **options)
+            whole = _only(indices, whole)
+        mask = joint.widened(whole, key, front)
+        return own(module, query, *_joined(front, key, value), mask, *rest, **options)
 
     return attend
+
+
+def _is_ours(mask: Any, options: dict[str, Any]) -> bool:
+    """Whether nothing but the mask spans the row, and it is as it was made."""
+    spans = any(isinstance(option, Tensor) and option.dim() > 2 for option in options.values())
+    return isinstance(mask, LazyMask) and not spans
+
+
+def _fits_kernels(text: Text, rule: Rule, options: dict[str, Any]) -> bool:
+    return rule.pattern is not None and not options.get("softcap") and flash.is_for(*text)
+
+
+def _by_kernels(
+    text: Text, pattern: Causal, front: Front | None, documents: Documents, scale: float | None
+) -> Tensor:
+    rows = [row for row in range(len(text[0])) if front is not None and front.seen_by(row)]
+    nothing = text[1][0, :, :0].detach()
+    keys_values = (front.key_NPH, front.value_NPH) if front is not None else (nothing, nothing)
+    return flash.attended(*text, keys_values, flash.Layout(documents, pattern, rows, scale))
+
+
+def _joined(front: Front | None, key_BNTH: Tensor, value_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of prefix and text together."""
+    if front is None:
+        return key_BNTH, value_BNTH
+    num_rows = len(key_BNTH)
+    return (
+        torch.cat([front.key_NPH.expand(num_rows, -1, -1, -1), key_BNTH], dim=2),
+        torch.cat([front.value_NPH.expand(num_rows, -1, -1, -1), value_BNTH], dim=2),
+    )
+
+
+def _one_by_one(
+    alone: Callable[..., Tensor],
+    text: Text,
+    rule: Rule,
+    front: Front | None,
+    documents: Documents,
+) -> Tensor:
+    """What each place sees [B, T, N, H], document by document; places of none see nothing."""
+    rows: list[list[Tensor]] = [[] for _ in text[0]]
+    reached = [0] * len(rows)
+    for document in documents:
+        row, places = document.row, slice(document.start, document.stop)
+        query, key, value = (t[row : row + 1, :, places] for t in text)
+        seen = front if front is not None and front.seen_by(row) else None
+        block = rule.of_document(document, seen.key_NPH.shape[1] if seen is not None else 0)
+        result = alone(query, *_joined(seen, key, value), block)
+        rows[row] += [_gap(result, document.start - reached[row]), result]
+        reached[row] = document.stop
+    filled = [
+        torch.cat([*pieces, _gap(pieces[-1], text[0].shape[2] - stop)], dim=1)
+        for pieces, stop in zip(rows, reached, strict=True)
+    ]
+    return torch.cat(filled)
+
+
+def _gap(like_1TNH: Tensor, length: int) -> Tensor:
+    return like_1TNH.new_zeros(1, length, *like_1TNH.shape[2:])
 
 
 def _only(indices_BTK: Tensor, mask: Tensor) -> Tensor:
@@ -183,13 +267,7 @@ def _own_eager(module: nn.Module) -> Attention:
     return own
 
 
-def _whole_sdpa_mask(*args: Any, **options: Any) -> Tensor:
-    whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor = sdpa_mask(*args, **(options | whole))
-    return mask
-
-
 AttentionInterface.register(OVER_SDPA, _attending_through(lambda _: sdpa_attention_forward))
-AttentionMaskInterface.register(OVER_SDPA, _whole_sdpa_mask)
+AttentionMaskInterface.register(OVER_SDPA, lazy_sdpa_mask)
 AttentionInterface.register(OVER_OWN, _attending_through(_own_eager))
-AttentionMaskInterface.register(OVER_OWN, eager_mask)
+AttentionMaskInterface.register(OVER_OWN, lazy_eager_mask)

@@ -7,7 +7,7 @@ forward pass when it is wrapped.
 Knows nothing of sharding, optimizers or files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_ds.data.batch import Batch
+from prefix_ds.data.batch import Batch, Document
 from prefix_ds.errors import ConfigError
 from prefix_ds.int8 import Watched
 from prefix_ds.model import decoding
-from prefix_ds.model.attention import Joint, documents_of
+from prefix_ds.model.attention import Documents, Joint
 from prefix_ds.model.base import (
     AttentionChoice,
     family_of,
@@ -28,13 +28,16 @@ from prefix_ds.model.base import (
     switch_attention,
     text_config,
 )
+from prefix_ds.model.finish import finish_of
+from prefix_ds.model.head import Head
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.positions import num_learnt, positions_of
 from prefix_ds.model.recompute import Recomputation
-from prefix_ds.model.selection import Selection
 from prefix_ds.model.sources import Given, Recorder
 from prefix_ds.model.trial import Findings, Trial, limits_of
 from prefix_ds.prefix import KeyValue, Slot
+
+_Answer = Callable[[Callable[[], Tensor]], Tensor]  # made of a forward pass, which gives logits
 
 
 class PrefixLM:
@@ -61,7 +64,7 @@ class PrefixLM:
         self._joint = Joint(base)
         self._positions = positions_of(base)
         self._num_positions = num_learnt(base)
-        self._selection = Selection(base.get_output_embeddings())
+        self._head = Head(base.get_output_embeddings())
         self._recomputation = Recomputation(base, self._joint.checkpoint_contexts) if recompute else None
         self._findings = self._tried()
 
@@ -74,6 +77,11 @@ class PrefixLM:
     def can_pack(self) -> bool:
         """Whether documents may share a row."""
         return self._findings.can_pack
+
+    @property
+    def attends_alone(self) -> bool:
+        """Whether a document in a row costs what it costs alone, however long the row is."""
+        return self._findings.attends_alone
 
     @property
     def limits(self) -> tuple[str, ...]:
@@ -98,16 +106,26 @@ class PrefixLM:
         if len(batch.target_ids_M) == 0:
             any_M = batch.ids_BT.new_zeros(1)
             return 0.0 * self.loss(replace(batch, target_index_M=any_M, target_ids_M=any_M), table_PD, slots)
-        return summed_nll(self.logits(batch, table_PD, slots), batch.target_ids_M)
+        finish, size = self._findings.finish, self._findings.vocab_size
+        if finish is None or not self._head.is_frozen:
+            return summed_nll(self.logits(batch, table_PD, slots), batch.target_ids_M)
+        asked = batch.target_index_M, batch.target_ids_M, finish, size
+        return self._behind(batch, table_PD, slots, lambda forward: self._head.nll(*asked, forward))
 
     def logits(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The logits [M, V] of the batch's targets, behind the prefix or none. Every rank calls this."""
+        index_M = batch.target_index_M
+        return self._behind(batch, table_PD, slots, lambda forward: self._head.logits(index_M, forward))
+
+    def _behind(
+        self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot], answer: _Answer
+    ) -> Tensor:
         self._attach(table_PD, slots)
         positions_BT = batch.positions_BT + _length(table_PD)
-        logits_MV = self._logits(batch.ids_BT, positions_BT, batch.target_index_M)
+        result = answer(lambda: self._forward(batch.ids_BT, positions_BT, batch.documents))
         if isinstance(self._joint.source, Given):
             self._joint.source.check_seen()
-        return logits_MV
+        return result
 
     @torch.no_grad()
     def keys_values_of(self, ids_BT: Tensor, slots: Sequence[Slot]) -> list[KeyValue]:
@@ -118,7 +136,8 @@ class PrefixLM:
         self.detach()
         recorder = self._joint.source = Recorder()
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        self._logits(ids_BT, positions_BT, positions_BT[0, :1])
+        text = [Document(0, 0, ids_BT.shape[1])]
+        self._head.logits(positions_BT[0, :1], lambda: self._forward(ids_BT, positions_BT, text))
         self.detach()
         return [recorder.seen[slot.name] for slot in slots]
 
@@ -168,7 +187,7 @@ class PrefixLM:
 
     def detach(self) -> None:
         """Lets go of the last prefix. Until then it stays: recomputation meets it in the backward pass."""
-        self._joint.source = self._joint.documents_BT = None
+        self._joint.source = self._joint.documents = None
         self._positions.forget()
 
     def _attach(self, table_PD: Tensor | None, slots: Sequence[Slot]) -> None:
@@ -176,26 +195,29 @@ class PrefixLM:
         if table_PD is not None:
             self._joint.source = Given(table_PD.to(self._findings.dtype), slots)
 
-    def _logits(self, ids_BT: Tensor, positions_BT: Tensor, index_M: Tensor) -> Tensor:
-        """The logits [M, V] at some places of the flattened rows, each of one or several documents."""
-        self._joint.documents_BT = documents_of(positions_BT)
+    def _forward(self, ids_BT: Tensor, positions_BT: Tensor, documents: Documents) -> Tensor:
+        """A forward pass over rows, each of one or several documents."""
+        self._joint.documents = documents
         told = self._positions.told(positions_BT)
         again = self._recomputation.on() if self._recomputation and torch.is_grad_enabled() else nullcontext()
         with again:
-            return self._selection.logits(
-                index_M, lambda: self.base(input_ids=ids_BT, use_cache=False, **told).logits
-            )
+            logits: Tensor = self.base(input_ids=ids_BT, use_cache=False, **told).logits
+        return logits
 
     @torch.no_grad()
     def _tried(self) -> Findings:
         trial = Trial(self.device)
         self._joint.source = trial
-        with Watched(self.base):
-            logits_MV = self._logits(trial.ids_BT, trial.positions_BT, trial.text_index_M)
+        with Watched(self.base), self._head.heard() as raw:
+            logits_MV = self._head.logits(
+                trial.text_index_M,
+                lambda: self._forward(trial.ids_BT, trial.positions_BT, trial.documents),
+            )
         self.detach()
         if not trial.slots:
             raise no_attention_to_join(self.base)
-        return trial.findings(logits_MV)
+        finish = finish_of(raw[0][0], logits_MV, text_config(self.base)) if raw else None
+        return trial.findings(logits_MV, not self._joint.attended_whole, finish)
 
 
 def _length(table_PD: Tensor | None) -> int:

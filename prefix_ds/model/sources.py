@@ -18,7 +18,7 @@ class Given:
         """Raises ValueError where the table does not fit the slots."""
         check_table(table_PD, slots)
         self._fronts = {
-            slot.name: Front(key_NPH[None], value_NPH[None])
+            slot.name: Front(key_NPH, value_NPH)
             for slot, (key_NPH, value_NPH) in zip(slots, keys_values_of(table_PD, slots), strict=True)
         }
 

@@ -22,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_ds.data.batch import documents_of
 from prefix_ds.model.attention import Front
+from prefix_ds.model.finish import Finish
 from prefix_ds.prefix import Slot
 
 _LENGTH = 4
 _VOCABULARY = 16  # every model has that many tokens
+_BEHIND_IT = frozenset((1, 2))  # rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Findings:
     dtype: torch.dtype  # of keys and values
     means_text: bool  # a prefix made of tokens is those tokens
     can_pack: bool  # documents in a row do not see each other
+    attends_alone: bool  # and none costs more for being in a long row
+    finish: Finish | None  # what becomes of the output layer's logits; None: not known
+    vocab_size: int  # numbers of a token's logits
 
 
 class Trial:
@@ -49,7 +55,7 @@ class Trial:
         self.ids_BT = torch.stack([torch.cat(row) for row in ((before, text), (text, other), (other, text))])
         self.positions_BT = torch.stack([count, again, again])
         self.text_index_M = torch.cat([count[:_LENGTH] + start for start in (4, 8, 20)])
-        self._seen_B = torch.tensor([False, True, True], device=device)
+        self.documents = documents_of(self.positions_BT)
         self.slots: list[Slot] = []
         self._dtypes: set[torch.dtype] = set()
 
@@ -57,9 +63,9 @@ class Trial:
         """The first row's first keys and values, for the two other rows."""
         self.slots.append(Slot(slot, key_BNTH.shape[1], key_BNTH.shape[3], value_BNTH.shape[3]))
         self._dtypes |= {key_BNTH.dtype, value_BNTH.dtype}
-        return Front(key_BNTH[:1, :, :_LENGTH], value_BNTH[:1, :, :_LENGTH], self._seen_B)
+        return Front(key_BNTH[0, :, :_LENGTH], value_BNTH[0, :, :_LENGTH], _BEHIND_IT)
 
-    def findings(self, logits_MV: Tensor) -> Findings:
+    def findings(self, logits_MV: Tensor, attends_alone: bool, finish: Finish | None) -> Findings:
         """What the logits of the three texts say."""
         stock, prefixed, packed = torch.split(logits_MV, _LENGTH)
         return Findings(
@@ -67,6 +73,9 @@ class Trial:
             reduce(torch.promote_types, self._dtypes),
             _same(prefixed, stock),
             _same(packed, prefixed),
+            attends_alone,
+            finish,
+            logits_MV.shape[1],
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_ds.config import ModelKeys
-from prefix_ds.data.batch import Batch
+from prefix_ds.data.batch import Batch, Document
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
@@ -191,7 +191,8 @@ def _take_away(weight: Tensor) -> None:
 def _batch(shape: Shape) -> Batch:
     ids_BT = torch.empty(shape.rows, shape.length, dtype=torch.long, device="meta")
     index_M = torch.empty(shape.targets, dtype=torch.long, device="meta")
-    return Batch(ids_BT, torch.empty_like(ids_BT), index_M, index_M.clone(), shape.tokens)
+    documents = tuple(Document(row, 0, shape.length) for row in range(shape.rows))
+    return Batch(ids_BT, torch.empty_like(ids_BT), index_M, index_M.clone(), shape.tokens, documents)
 
 
 # Mixtures of experts that DeepSpeed takes as one module, with all below (its DEFAULT_LEAF_MODULE_CLASSES).

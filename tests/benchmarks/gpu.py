@@ -35,7 +35,7 @@ from prefix_ds.int8.product import product_of
 from prefix_ds.int8.quantise import quantised
 from prefix_ds.promise import kept
 from tests.benchmarks.arithmetic import Bare, Work
-from tests.benchmarks.made import made_share, new_engine, promised_base, seconds
+from tests.benchmarks.made import Documents, made_share, new_engine, promised_base, seconds
 from tests.benchmarks.profiled import profiled
 from tests.resident import forget_highest, highest
 
@@ -167,7 +167,7 @@ def run_case(case, row):
 def ours(case, row, world):
     """A step, to be called."""
     engine = new_engine(SIZES, world, PREFIX, **CASES[case])
-    share = made_share([documents_of(row)], SIZES["vocab_size"])
+    share = made_share(documents_of(row), SIZES["vocab_size"], world, row)
     return lambda: engine.step(share, 1e-3).loss
 
 
@@ -205,14 +205,12 @@ def padded_groups(row):
     """The documents of a row in micro-batches, as they come, of no more tokens padded than the row has."""
     from tests.benchmarks.peft_zero3 import padded
 
-    batch = made_share([documents_of(row)], SIZES["vocab_size"]).micro_batches[0]
-    texts = torch.split(batch.ids_BT[0], documents_of(row))
     groups = [[]]
-    for ids in texts:
+    for ids in Documents(documents_of(row), SIZES["vocab_size"]).texts:
         longest = max(len(ids), *(len(e["ids"]) for e in groups[-1]), 0)
         if longest * (len(groups[-1]) + 1) > row:
             groups.append([])
-        groups[-1].append({"ids": ids, "prompt": len(ids) - len(ids) // 2})
+        groups[-1].append({"ids": ids.astype("int64"), "prompt": len(ids) - len(ids) // 2})
     return list(map(padded, groups))
 
 

@@ -133,7 +133,7 @@ def step_of(point, steps):
         give_back_what_is_free()
         own = resident()
         engine = new_engine(point.sizes, world, point.prefix)
-        share = made_share([point.row], SIZES["vocab_size"], world.size)
+        share = made_share(point.row, SIZES["vocab_size"], world, point.tokens)
         engine.step(share, 1e-3)
         give_back_what_is_free()
         forget_highest()

@@ -18,7 +18,6 @@ from rich.table import Table
 from torch.nn import functional
 
 from prefix_ds.config import read_config
-from prefix_ds.data.batch import Batch
 from prefix_ds.dist import joined_world
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.saving import saving_parameters
@@ -29,6 +28,7 @@ from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import random_table
 from tests.benchmarks.e2e import train, valid_losses
 from tests.benchmarks.made import rows
+from tests.laws import whole_batch
 from tests.ranks import on_ranks
 
 BITS = (16, 8)
@@ -76,7 +76,7 @@ def texts(tokenizer):
     ids_BT = torch.tensor([one[:LENGTH] for one in ids if len(one) >= LENGTH][:NUM_TEXTS])
     positions_BT = torch.arange(LENGTH).expand_as(ids_BT)
     index_M = torch.arange(ids_BT.numel()).view_as(ids_BT)[:, :-1].flatten()
-    return Batch(ids_BT, positions_BT, index_M, ids_BT[:, 1:].flatten(), len(index_M))
+    return whole_batch(ids_BT, positions_BT, index_M, ids_BT[:, 1:].flatten())
 
 
 def show_nearness(plain, near):

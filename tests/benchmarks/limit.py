@@ -29,7 +29,7 @@ SIZES = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "vocab_size": 32000,
 }  # fmt: skip
-ROWS, PREFIX = [[256]] * 8, 30
+DOCUMENTS, PREFIX = (256,) * 8, 30
 WORLDS = {"1 rank, 2 threads": (1, 2), "2 ranks, a thread each": (2, 1)}
 BARS = {1: 0.80, 2: 0.65}
 CONSOLE = Console(width=120)
@@ -55,20 +55,14 @@ def measured(sizes, threads, recompute, pairs):
     use_threads(threads)
     with joined_world() as world:
         engine = new_engine(sizes, world, PREFIX, recompute=recompute)
-        share = made_share(ROWS, sizes["vocab_size"], world.size)
-        work = work_of(sizes, share)
+        share = made_share(DOCUMENTS, sizes["vocab_size"], world, sum(DOCUMENTS))
+        work = Work(sizes, DOCUMENTS, sum(DOCUMENTS) // 2, PREFIX)
         bare = Bare(work, world.device)
         turns = [turn(engine, share, bare) for _ in range(pairs + 2)][2:]
         rates = bare.rates({key: statistics.median(found[key] for _, found in turns) for key in turns[0][1]})
         times = [(step, sum(found.values())) for step, found in turns]
         told = profiled(lambda: engine.step(share, 1e-3)).operators
         return work.flops(), work.product_flops(), times, rates, told
-
-
-def work_of(sizes, share):
-    """What a rank computes for its one micro-batch."""
-    documents = tuple(length for row in ROWS for length in row)
-    return Work(sizes, documents, len(share.micro_batches[0].target_ids_M), PREFIX)
 
 
 def turn(engine, share, bare):

@@ -16,9 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prefix_ds.config import parse_config
-from prefix_ds.data.batch import Share
-from prefix_ds.data.collate import collate
+from prefix_ds.config import TrainKeys, parse_config
+from prefix_ds.data.packing import Limits
+from prefix_ds.data.stream import Stream
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import deepspeed_settings
@@ -112,19 +112,30 @@ def engine_on(base, config, world, prefix):
     return PrefixEngine(lm, Direct(lm.slots, table), config.train, world, write=None)
 
 
-def made_share(rows, vocab_size, num_ranks=1, micro_batches=1):
-    """Each rank's part: micro-batches of rows, given by the lengths of their documents, whose second halves
-    are targets."""
-    lengths = [length for row in rows for length in row]
-    chance = np.random.default_rng(0)
-    ids = {n: chance.integers(0, vocab_size, length, dtype=np.int32) for n, length in enumerate(lengths)}
-    numbers = iter(range(len(lengths)))
-    numbered = [[next(numbers) for _ in row] for row in rows]
-    batch = collate(numbered, ids, [length // 2 for length in lengths], pad_id=0)
-    times = num_ranks * micro_batches
-    return Share(
-        (batch,) * micro_batches, len(batch.target_ids_M) * times, sum(lengths) * times, len(lengths) * times
-    )
+class Documents:
+    """Examples of random tokens, by their lengths; the second half of each is its target."""
+
+    pad_id = 0
+
+    def __init__(self, lengths, vocab_size):
+        chance = np.random.default_rng(0)
+        self.lengths = np.array(lengths)
+        self.num_targets = self.lengths // 2
+        self.texts = [chance.integers(0, vocab_size, length, dtype=np.int32) for length in lengths]
+
+    def __len__(self):
+        return len(self.texts)
+
+    def ids(self, indices):
+        """As data of a run gives them."""
+        return [self.texts[index] for index in indices]
+
+
+def made_share(lengths, vocab_size, world, micro_batch_tokens):
+    """A rank's part of a step that has so many such documents for each rank, packed as a run packs them."""
+    documents = Documents(list(lengths) * world.size, vocab_size)
+    keys = TrainKeys(global_batch_size=len(documents), max_steps=1)
+    return Stream(documents, Limits(micro_batch_tokens, micro_batch_tokens), keys, world).share(0)
 
 
 def use_threads(count):

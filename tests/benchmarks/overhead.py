@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from prefix_ds.config import parse_config
-from prefix_ds.data.batch import Batch, Share
+from prefix_ds.data.batch import Share
 from prefix_ds.dist import joined_world
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.prefix_engine import PrefixEngine
@@ -26,6 +26,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import Direct, keys_values_of, random_table
+from tests.laws import whole_batch
 
 ROWS, LENGTH, PREFIX = 8, 256, 30
 RUN = "model: {name: none}\nprefix: {init: random, length: 30}\ntrain: {lr: 1.0e-3}"
@@ -62,7 +63,7 @@ def made_share():
     ids_BT = torch.randint(0, 32000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     places = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[:, LENGTH // 2 : -1].flatten()
     positions_BT = torch.arange(LENGTH).expand(ROWS, -1)
-    batch = Batch(ids_BT, positions_BT, places, ids_BT.flatten()[places + 1], ROWS * LENGTH)
+    batch = whole_batch(ids_BT, positions_BT, places, ids_BT.flatten()[places + 1])
     return Share((batch,), len(places), ROWS * LENGTH, ROWS)
 
 

@@ -11,8 +11,8 @@ losses, which must be alike. Memory is that of one step, while glibc keeps nothi
 timed after it, while it does. With recomputation ours is compared with the peer without, which cannot
 recompute.
 
-`--sizes` looks instead at how the peer does with micro-batches of other sizes, and with its examples sorted
-by length within a step. `--quick`: a third of the layers and a quarter of the batch, one turn.
+`--sizes` looks instead at how the peer does with micro-batches of other sizes, with its examples sorted by
+length within a step, and with what transformers' Trainer fills in where DeepSpeed's file says "auto". `--quick`: a third of the layers and a quarter of the batch, one turn.
 
 The bars, of the two models: 2.2 and 8 times the tokens a second, 0.45 and 0.30 of the memory; recomputed 1.7
 and 6, 0.33 and 0.25.
@@ -34,9 +34,11 @@ from rich.table import Table
 
 from prefix_ds.config import parse_config
 from prefix_ds.data.examples import load_examples
+from prefix_ds.data.order import Order
 from prefix_ds.data.stream import Stream
 from prefix_ds.dist import joined_world
 from prefix_ds.loading import load_base, load_tokenizer
+from prefix_ds.rows import limits_for
 from tests.benchmarks.made import base_folder, captions, engine_on, summaries
 from tests.ranks import on_ranks
 from tests.resident import forget_highest, give_back_what_is_free, highest, relax, resident, settle
@@ -63,7 +65,8 @@ train: {{global_batch_size: {batch}, micro_batch_tokens: 2048, max_steps: 100, l
 @dataclass(frozen=True)
 class Case:
     """What runs: a base, examples, so many of them a step, so many steps timed after two others; of the peer
-    how many examples it takes at once (0: what suits), and whether sorted."""
+    how many examples it takes at once (0: what suits), whether sorted, and whether ZeRO's sizes are those that
+    the Trainer derives."""
 
     folder: Path
     data: Path
@@ -71,6 +74,7 @@ class Case:
     steps: int
     at_once: int = 0
     is_sorted: bool = False
+    is_as_trainer: bool = False
 
     def config(self, recompute=False):
         """The run, as its file would say."""
@@ -119,6 +123,7 @@ def compare_sizes(case, model, rounds, table):
     ways = {"PEFT": (theirs, case)}
     ways |= {f"PEFT, {size} at once": (theirs, replace(case, at_once=size)) for size in sizes}
     ways["PEFT, sorted by length"] = (theirs, replace(case, is_sorted=True))
+    ways["PEFT, the Trainer's sizes of ZeRO-3"] = (theirs, replace(case, is_as_trainer=True))
     take_turns(ways, model, 1, table)
 
 
@@ -147,10 +152,11 @@ def ours(case, recompute):
     settle()
     config = case.config(recompute)
     with joined_world() as world:
-        stream = new_stream(config, world)
+        examples = examples_of(config, world)
         give_back_what_is_free()
         own = resident()
         engine = engine_on(load_base(config.model), config, world, PREFIX)
+        stream = Stream(examples, limits_for(engine.lm, config), config.train, world)
 
         def step(number):
             share = stream.share(number)
@@ -166,18 +172,21 @@ def theirs(case):
     be_quiet()
     settle()
     with joined_world() as world:
-        stream = new_stream(case.config(), world)
-        size = case.at_once or suiting(stream)
+        config = case.config()
+        examples = examples_of(config, world)
+        order = Order(len(examples), config.train)
+        size = case.at_once or suiting(examples, order)
         give_back_what_is_free()
         own = resident()
-        engine = peer.new_engine(case.folder, peer.settings(size, case.batch, world.size), PREFIX)
+        zero = peer.trainers_sizes(case.folder) if case.is_as_trainer else {}
+        engine = peer.new_engine(case.folder, peer.settings(size, case.batch, world.size, zero), PREFIX)
 
         def step(number):
-            indices = stream.order.batch(number)
-            examples = their_examples(stream, indices[world.rank :: world.size], case.is_sorted)
-            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+            indices = order.batch(number)
+            mine = their_examples(examples, indices[world.rank :: world.size], case.is_sorted)
+            groups = [mine[start : start + size] for start in range(0, len(mine), size)]
             loss = peer.step(engine, map(peer.padded, groups))
-            return int(stream.examples.lengths[indices].sum()), loss
+            return int(examples.lengths[indices].sum()), loss
 
         return measured(case, world, own, step)
 
@@ -188,16 +197,15 @@ def be_quiet():
     logging.disable(logging.WARNING)
 
 
-def new_stream(config, world):
-    """The batches of ours; the peer takes its examples and their order from it."""
-    examples = load_examples("train", config.data, load_tokenizer(config.model), world)
-    return Stream(examples, config.data, config.train, world)
+def examples_of(config, world):
+    """The same for both."""
+    return load_examples("train", config.data, load_tokenizer(config.model), world)
 
 
-def suiting(stream):
+def suiting(examples, order):
     """How many examples have, padded, about as many tokens as a micro-batch of ours: a power of two."""
-    most = stream.order.batch_size // RANKS
-    lengths = [stream.examples.lengths[stream.order.batch(step)] for step in range(20)]
+    most = order.batch_size // RANKS
+    lengths = [examples.lengths[order.batch(step)] for step in range(20)]
 
     def padded_tokens(size):
         return size * statistics.mean(float(one[:size].max()) for one in lengths)
@@ -206,12 +214,14 @@ def suiting(stream):
     return min(sizes, key=lambda size: abs(padded_tokens(size) - MICRO_BATCH_TOKENS))
 
 
-def their_examples(stream, indices, is_sorted):
+def their_examples(examples, indices, is_sorted):
     """As its collator wants them."""
-    order = sorted(indices, key=lambda n: -stream.examples.lengths[n]) if is_sorted else indices
-    targets = stream.examples.num_targets
-    texts = [ids.astype("int64") for ids in stream.examples.ids(order)]
-    return [{"ids": ids, "prompt": len(ids) - targets[n]} for ids, n in zip(texts, order, strict=True)]
+    order = sorted(indices, key=lambda n: -examples.lengths[n]) if is_sorted else indices
+    texts = [ids.astype("int64") for ids in examples.ids(order)]
+    return [
+        {"ids": ids, "prompt": len(ids) - examples.num_targets[n]}
+        for ids, n in zip(texts, order, strict=True)
+    ]
 
 
 def measured(case, world, own, step):

@@ -18,22 +18,38 @@ from datasets import load_dataset
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
 PREFIX, BATCH, MAX_LENGTH, RATE = 30, 64, 640, 1e-3
-ZERO = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero3.json").read_text())
+ZERO = {
+    "stage": 3, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 0,
+}  # fmt: skip
 
 
-def settings(at_once, batch, num_ranks):
-    """DeepSpeed's, with our preset of ZeRO-3."""
-    return ZERO | {
+def settings(at_once, batch, num_ranks, zero=None):
+    """DeepSpeed's; `zero` says what is different of ZeRO-3."""
+    return {
+        "zero_optimization": ZERO | (zero or {}),
         "train_micro_batch_size_per_gpu": at_once,
         "gradient_accumulation_steps": max(1, batch // num_ranks // at_once),
         "bf16": {"enabled": True},
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+    }
+
+
+def trainers_sizes(base):
+    """What transformers' Trainer makes of "auto", and the rest of its documentation's file."""
+    square = AutoConfig.from_pretrained(base).hidden_size ** 2
+    return {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * int(square**0.5),
+        "stage3_max_reuse_distance": 1_000_000_000,
     }
 
 

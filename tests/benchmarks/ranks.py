@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefix_ds.dist import joined_world, wait_for_all
-from tests.benchmarks.limit import PREFIX, ROWS, SIZES
+from tests.benchmarks.limit import DOCUMENTS, PREFIX, SIZES
 from tests.benchmarks.made import made_share, new_engine, seconds, use_threads
 from tests.ranks import on_ranks
 
@@ -45,7 +45,8 @@ def measured(sizes, threads):
     use_threads(threads)
     with joined_world() as world:
         engine = new_engine(sizes, world, PREFIX)
-        share = made_share(ROWS, sizes["vocab_size"], world.size, MICRO_BATCHES // world.size)
+        documents = DOCUMENTS * (MICRO_BATCHES // world.size)
+        share = made_share(documents, sizes["vocab_size"], world, sum(DOCUMENTS))
         engine.step(share, 1e-3)
         return share.global_tokens / statistics.median(step_seconds(engine, share) for _ in range(STEPS))
 

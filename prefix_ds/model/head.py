@@ -1,0 +1,87 @@
+"""The output layer runs on the hidden states that are asked for, and on no others.
+
+They are selected in front of the layer rather than after the model, so that whatever a family does to its
+logits afterwards (a soft cap, a scale) still happens, to the selected ones.
+
+For a loss there need not be logits of all of them at once: with a vocabulary of 128,000, those of a thousand
+targets take half a gigabyte, and their gradient as much again. Where the layer is frozen, the loss and its
+gradient to the hidden states are computed within its call, some targets at a time, while its weight is there:
+the backward pass needs no logits and, under ZeRO-3, does not gather the weight again.
+
+Knows nothing of batches.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from prefix_ds.model.finish import Finish
+from prefix_ds.model.likelihood import summed_nll_behind
+
+Layer = Callable[..., Tensor]
+_Answer = Callable[[Tensor, Layer], Tensor]  # of hidden states [1, M, D] and the output layer
+
+
+class Head:
+    """A model's output layer."""
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        """Without an output layer, logits are selected afterwards."""
+        self._wanted: tuple[Tensor, _Answer] | None = None
+        self._layer = layer
+        if layer is not None:
+            self._stock: Layer = layer.forward
+            layer.forward = self._forward
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there is an output layer, and nothing of it is trained."""
+        return self._layer is not None and not any(p.requires_grad for p in self._layer.parameters())
+
+    @contextmanager
+    def heard(self) -> Iterator[list[Tensor]]:
+        """What the layer itself gives at each of its calls inside."""
+        given: list[Tensor] = []
+        hook = self._layer and self._layer.register_forward_hook(lambda _, __, raw: given.append(raw))
+        yield given
+        if hook:
+            hook.remove()
+
+    def logits(self, index_M: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        """The logits [M, V] at these places, out of a forward pass."""
+        logits, is_selected = self._during(forward, index_M, lambda hidden_1MD, layer: layer(hidden_1MD))
+        return logits[0] if is_selected else logits.flatten(0, 1).index_select(0, index_M)
+
+    def nll(
+        self, index_M: Tensor, ids_M: Tensor, finish: Finish, vocab_size: int, forward: Callable[[], Tensor]
+    ) -> Tensor:
+        """The summed negative log-likelihood of these tokens at these places: a float64 scalar.
+
+        `finish` makes logits of what the layer gives.
+        """
+        found: list[Tensor] = []
+
+        def answer(hidden_1MD: Tensor, layer: Layer) -> Tensor:
+            def logits_of(hidden_CD: Tensor) -> Tensor:
+                return finish(layer(hidden_CD[None]))[0]
+
+            found.append(summed_nll_behind(hidden_1MD[0], ids_M, logits_of, vocab_size))
+            return hidden_1MD.new_zeros(1, 1, vocab_size)  # for what the family does to logits
+
+        self._during(forward, index_M, answer)
+        return found[0]
+
+    def _during(self, forward: Callable[[], Tensor], index_M: Tensor, answer: _Answer) -> tuple[Tensor, bool]:
+        self._wanted = index_M, answer
+        try:
+            return forward(), self._wanted is None
+        finally:
+            self._wanted = None
+
+    def _forward(self, hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if self._wanted is None or hidden.dim() != 3:
+            return self._stock(hidden, *rest, **options)
+        (index_M, answer), self._wanted = self._wanted, None
+        return answer(hidden.flatten(0, 1).index_select(0, index_M)[None], self._stock)
