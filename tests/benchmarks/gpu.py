@@ -35,7 +35,7 @@ from prefix_ds.int8.product import product_of
 from prefix_ds.int8.quantise import quantised
 from prefix_ds.promise import kept
 from tests.benchmarks.arithmetic import Bare, Work
-from tests.benchmarks.made import Documents, made_share, new_engine, promised_base, seconds
+from tests.benchmarks.made import Documents, made_share, new_engine, promised_base, seconds, use_threads
 from tests.benchmarks.profiled import profiled
 from tests.resident import forget_highest, highest
 
@@ -157,6 +157,7 @@ def run_case(case, row):
     """In a process of its own."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    use_threads(1)  # where there is no GPU, others may need the cores
     with joined_world() as world:
         if case == "bare":
             return bare_products(row, world.device)
