@@ -163,6 +163,18 @@ def summed(values: "torch.Tensor") -> "torch.Tensor":
     return values
 
 
+def largest(value: float) -> float:
+    """The largest of all ranks' values, on every rank; devices need not wait. Every rank calls this."""
+    import torch
+    import torch.distributed as group
+
+    box = torch.tensor([value], dtype=torch.float64)
+    with peers_may_die():
+        if group.get_world_size() > 1:
+            group.all_reduce(box, group.ReduceOp.MAX)
+    return float(box)
+
+
 def from_first(value: Answer) -> Answer:
     """Rank 0's value, on every rank (a small picklable one). Every rank calls this."""
     import torch.distributed as group

@@ -18,6 +18,7 @@ from prefix_ds.engine.step import Engine, StepReport
 from prefix_ds.errors import Stopped
 from prefix_ds.optim import learning_rate
 from prefix_ds.progress import Progress
+from prefix_ds.speed import Gauge
 
 
 class Stream(Protocol):
@@ -64,6 +65,7 @@ class Run:
     bar: tracking.Progress
     memory: Memory
     stop: StopQuestion
+    gauge: Gauge
 
 
 def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Progress:
@@ -76,14 +78,18 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Pro
     while progress.step < run.stream.num_steps:
         rate = learning_rate(progress.step, run.stream.num_steps, train)
         started = time.perf_counter()
-        report = run.engine.step(run.stream.share(progress.step), rate)
-        values = _step_values(report, rate, time.perf_counter() - started)
+        share = run.stream.share(progress.step)
+        waited = time.perf_counter() - started
+        report = run.engine.step(share, rate)
+        seconds = time.perf_counter() - started
+        speed = run.gauge.of_step(share, seconds, waited, report.waited_seconds)
         progress = replace(progress, step=progress.step + 1)
         last = progress.step == run.stream.num_steps
 
-        run.bar.at(progress.step, loss=report.loss, tokens_per_second=values["time/tokens_per_second"])
+        tokens_per_second, mfu = speed["time/tokens_per_second"], f"{speed['time/mfu']:.0%}"
+        run.bar.at(progress.step, loss=report.loss, tokens_per_second=tokens_per_second, mfu=mfu)
         if last or progress.step % cadence.log_every == 0:
-            run.tracker.metrics(progress.step, values)
+            run.tracker.metrics(progress.step, _values(report, rate) | speed | run.gauge.of_memory())
         if last or _due(cadence.valid_every, progress.step):
             progress = _validated(run, progress)
         stop = run.stop.agreed()
@@ -113,12 +119,10 @@ def _validated(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def _step_values(report: StepReport, rate: float, seconds: float) -> dict[str, float]:
+def _values(report: StepReport, rate: float) -> dict[str, float]:
     return {
         "train/loss": report.loss,
         "train/grad_norm": report.grad_norm,
         "train/lr": rate,
         "train/tokens": report.num_tokens,
-        "time/step_seconds": seconds,
-        "time/tokens_per_second": report.num_tokens / seconds,
     }

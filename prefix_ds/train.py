@@ -4,6 +4,7 @@ Reads like a table of contents: the world, the run folder, tokenizer and data, t
 trained on it, where the run goes on, the loop. Each line names the room that does the work.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -18,7 +19,9 @@ from torch import nn
 
 from prefix_ds import __version__
 from prefix_ds.config import RunConfig
+from prefix_ds.data.ahead import Ahead
 from prefix_ds.data.examples import Examples, load_examples
+from prefix_ds.data.packing import Limits
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
 from prefix_ds.dist import (
@@ -49,6 +52,7 @@ from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, claim
+from prefix_ds.speed import Cost, Gauge, Products, cost_of, medians, peak_flops
 from prefix_ds.stop import StopRequest
 from prefix_ds.suitability import check_base
 from prefix_ds.tracking import (
@@ -58,6 +62,7 @@ from prefix_ds.tracking import (
     open_tracker,
     process_tags,
     progress_bar,
+    read_metrics,
 )
 
 log = logging.getLogger(__name__)
@@ -74,6 +79,7 @@ class Trained:
     base: Sharded
     num_trained: int  # elements
     num_frozen: int
+    cost: Cost
 
 
 def train(config: RunConfig) -> Progress:
@@ -96,7 +102,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     start = memory.restore(trained.engine)
     limits = limits_for(trained.lm, config)
     stream = Stream(examples["train"], limits, config.train, world)
-    sweep = Sweep(examples["valid"], limits, world) if "valid" in examples else None
+    ahead = Ahead(stream.share, stream.num_steps, world.device)
+    sweep = _sweep(examples["valid"], limits, world) if "valid" in examples else None
+    gauge = Gauge(trained.cost, peak_flops(world, getattr(torch, config.model.dtype)), world.device)
     _tell(world, trained, examples.values(), start)
     told = examples.values() if world.is_first else ()  # a digest reads all of the data: once is enough
     facts = _facts(config, folder, told)
@@ -110,11 +118,13 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
         )
     )
     bar = progress_bar("training", stream.num_steps, done=start.step, is_visible=world.is_first)
-    with tracker, bar as shown:
-        run = Run(trained.engine, stream, sweep, tracker, shown, memory, stop)
+    with tracker, bar as shown, ahead, sweep or contextlib.nullcontext():
+        run = Run(trained.engine, ahead, sweep, tracker, shown, memory, stop, gauge)
         end = fit(run, config.train, config.run, start)
         wait_for_all()
     log.info("%s", _farewell(memory, end))
+    if world.is_first:
+        log.info("medians: %s", medians([r for r in read_metrics(folder.path) if r.step > start.step]))
     return end
 
 
@@ -156,10 +166,11 @@ def _trained(config: RunConfig, settings: Settings, tokenizer: Any, world: World
     if config.train.method == "prefix":
         return _prefix_on(sharded(base, settings), config, tokenizer, world)
     shards = sharded_with_optimizer(base, settings, adamw(base.parameters(), config.train))
-    lm = _wrapped(shards, config, world)
+    lm, tried_flops = _wrapped(shards, config, world)
     lm.check_length(config.data.max_length, "data.max_length")
     engine = FullEngine(lm, shards, config.train, world, tokenizer)
-    return Trained(engine, lm, shards, shards.num_parameters(), 0)
+    cost = cost_of(lm, tried_flops, (), 0)
+    return Trained(engine, lm, shards, shards.num_parameters(), 0, cost)
 
 
 def _base(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -> nn.Module:
@@ -170,20 +181,29 @@ def _base(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -
 
 
 def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World) -> Trained:
-    lm = _wrapped(shards, config, world)
+    lm, tried_flops = _wrapped(shards, config, world)
     prefix = initial_prefix(lm, config.prefix, tokenizer, config.train.seed, world.device)
     lm.check_length(len(prefix.table()) + config.data.max_length, "data.max_length")
     write = prefix_writer(config.model, lm, prefix.slots)
     engine = PrefixEngine(lm, prefix, config.train, world, write)
-    return Trained(engine, lm, shards, sum(p.numel() for p in engine.trained), shards.num_parameters())
+    cost = cost_of(lm, tried_flops, prefix.slots, len(prefix.table()))
+    num_trained = sum(p.numel() for p in engine.trained)
+    return Trained(engine, lm, shards, num_trained, shards.num_parameters(), cost)
 
 
-def _wrapped(shards: Sharded, config: RunConfig, world: World) -> PrefixLM:
+def _wrapped(shards: Sharded, config: RunConfig, world: World) -> tuple[PrefixLM, int]:
+    """The base as a model that sees a prefix, and the operations of the products in its trial."""
     keys = config.model
-    lm = PrefixLM(shards.module, attention=keys.attention, recompute=keys.recompute, device=world.device)
+    with Products() as products:
+        lm = PrefixLM(shards.module, attention=keys.attention, recompute=keys.recompute, device=world.device)
     for line in lm.limits if world.is_first else ():
         log.warning("%s", line)
-    return lm
+    return lm, products.flops
+
+
+def _sweep(examples: Examples, limits: Limits, world: World) -> Ahead:
+    sweep = Sweep(examples, limits, world)
+    return Ahead(sweep.share, len(sweep), world.device)
 
 
 def _facts(config: RunConfig, folder: RunFolder, examples: Iterable[Examples]) -> Facts:

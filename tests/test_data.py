@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 from prefix_ds import dist
 from prefix_ds.config import DataKeys, TrainKeys
 from prefix_ds.data import packing
+from prefix_ds.data.ahead import Ahead, pinned
 from prefix_ds.data.batch import Document, Share, documents_of
 from prefix_ds.data.collate import collate
 from prefix_ds.data.encode import encoder_of
@@ -30,7 +34,7 @@ from prefix_ds.data.source import read_records
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.template import parse_template
 from prefix_ds.data.tokenise import Recipe
-from prefix_ds.errors import ConfigError, DataError
+from prefix_ds.errors import ConfigError, DataError, Stopped
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 WORDS = [
@@ -739,6 +743,8 @@ def test_a_global_batch_is_the_same_at_any_world_size(tmp_path, tokenizer, packi
             tokens = sum(batch.num_tokens for share in shares for batch in share.micro_batches)
             assert tokens == shares[0].global_tokens
             assert shares[0].num_examples == sum(wanted.values())
+            squares = sum(len(i) ** 2 * n for (i, _), n in wanted.items())
+            assert {share.global_squares for share in shares} == {squares}
 
 
 def test_a_share_depends_on_its_step_alone(tmp_path, tokenizer):
@@ -750,6 +756,94 @@ def test_a_share_depends_on_its_step_alone(tmp_path, tokenizer):
         for ours, theirs in zip(walked.share(step).micro_batches, fresh.micro_batches, strict=True):
             for name in ("ids_BT", "positions_BT", "target_index_M", "target_ids_M"):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def same_batches(ours, theirs):
+    names = ("ids_BT", "positions_BT", "target_index_M", "target_ids_M")
+    return len(ours.micro_batches) == len(theirs.micro_batches) and all(
+        torch.equal(getattr(one, name), getattr(other, name))
+        for one, other in zip(ours.micro_batches, theirs.micro_batches, strict=True)
+        for name in names
+    )
+
+
+def threads_ahead():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shares ahead")]
+
+
+CPU = torch.device("cpu")
+
+
+def test_shares_made_ahead_are_those_of_the_stream_in_any_order(tmp_path, tokenizer):
+    data, train = keys(tmp_path), TrainKeys(epochs=3)
+    stream = Stream(tokenise_split("train", data, tokenizer), limits(data, train), train, world(1, 2))
+    stream.order.batch_size = 7
+    with Ahead(stream.share, stream.num_steps, CPU) as ahead:
+        for step in [*range(stream.num_steps), 4, 5, 6, 2, 2, 9]:
+            assert same_batches(ahead.share(step), stream.share(step))
+        with pytest.raises(IndexError, match=f"step {stream.num_steps} of"):
+            ahead.share(stream.num_steps)
+        assert all(map(same_batches, ahead, map(stream.share, range(stream.num_steps))))
+
+
+def test_the_next_shares_are_made_while_one_is_used_and_no_more_than_that():
+    made = []
+
+    def make(step):
+        time.sleep(0.1)
+        made.append(step)
+        return step
+
+    with Ahead(make, 100, CPU) as ahead:
+        ahead.share(0)
+        time.sleep(1)
+        assert made == [0, 1, 2, 3]
+        began = time.perf_counter()
+        assert [ahead.share(step) for step in (1, 2, 3)] == [1, 2, 3]
+        assert time.perf_counter() - began < 0.1
+
+
+def test_an_error_while_a_share_is_made_is_raised_where_it_is_asked_for():
+    error = DataError("a file has shrunk")
+
+    def make(step):
+        if step == 2:
+            raise error
+        return step
+
+    seen = []
+    with pytest.raises(DataError) as caught, Ahead(make, 100, CPU) as ahead:
+        seen.extend(ahead)
+    assert seen == [0, 1]
+    assert caught.value is error
+    assert not threads_ahead()
+
+
+@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+def test_whatever_ends_a_run_ends_the_thread(error):
+    def run():
+        with Ahead(lambda step: step, 100, CPU) as ahead:
+            ahead.share(0)
+            assert threads_ahead()
+            raise error
+
+    with pytest.raises(error):
+        run()
+    assert not threads_ahead()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shares_made_ahead_lie_on_the_gpu_and_come_out_of_pinned_memory(tmp_path, tokenizer):
+    device, data = torch.device("cuda", 0), keys(tmp_path)
+    train = TrainKeys(epochs=3)
+    stream = Stream(tokenise_split("train", data, tokenizer), limits(data, train), train, world())
+    assert pinned(stream.share(0).micro_batches[0]).ids_BT.is_pinned()
+    with Ahead(stream.share, stream.num_steps, device) as ahead:
+        for step in range(stream.num_steps):
+            here = [batch.to(CPU) for batch in ahead.share(step).micro_batches]
+            assert all(batch.ids_BT.is_cuda for batch in ahead.share(step).micro_batches)
+            torch.cuda.synchronize()
+            assert same_batches(replace(stream.share(step), micro_batches=tuple(here)), stream.share(step))
 
 
 def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(tmp_path, dtype, reparam
 
 
 def strip_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time", "memory"))} for row in rows]
 
 
 def whole_state(config):

@@ -6,6 +6,7 @@ The meaning law, for all families, is in test_families.py.
 import gc
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from prefix_ds.data.batch import Batch, documents_of
 from prefix_ds.errors import ModelError
-from prefix_ds.model import PrefixLM, attention, flash, likelihood
+from prefix_ds.model import PrefixLM, apart, attention, likelihood, varlen
 from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
@@ -222,18 +223,18 @@ def made_whole(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 @pytest.mark.parametrize(
-    ("family", "by_kernels"),
+    ("family", "by_ours"),
     [("llama", 4), ("mistral", 4), ("gpt2", 4), ("gemma2", 0), ("gpt_oss", 0), ("deepseek_v3", 0)],
 )
 def test_packed_rows_are_attended_without_a_mask_of_theirs(
-    family: str, by_kernels: int, made_whole: list[None], monkeypatch: pytest.MonkeyPatch
+    family: str, by_ours: int, made_whole: list[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, layouts = PrefixLM(tiny(family, window=4)), []
-    attended = flash.attended
-    monkeypatch.setattr(flash, "attended", lambda *a: (layouts.append(a[-1]), attended(*a))[1])
+    attended = apart.attended
+    monkeypatch.setattr(apart, "attended", lambda *a: (layouts.append(a[-1]), attended(*a))[1])
     grad_of(lm, batch_of([tokens(9), tokens(3)]), noisy_table(lm))
     assert made_whole == []
-    assert len(layouts) == by_kernels
+    assert len(layouts) == by_ours
     assert all(layout.pattern == Causal(4 if family == "mistral" else None) for layout in layouts)
 
 
@@ -258,6 +259,45 @@ def test_documents_of_one_length_share_a_mask(
     assert len(lengths) == masks
 
 
+def attended_by_reference(query, key, value, q_ends, k_ends, *_: Any, scale, window_size, enable_gqa):
+    """In place of a kernel that GPUs have: sequence by sequence, causality lined up at their ends."""
+    assert window_size == (-1, 0)
+    seen = []
+    for (q0, q1), (k0, k1) in zip(pairwise(q_ends.tolist()), pairwise(k_ends.tolist()), strict=True):
+        mask = Causal().seen(q1 - q0, k1 - k0, query.device)
+        one = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        seen.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *one, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            ).transpose(0, 1)
+        )
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is none of a CPU's: what is handed to it is tested, by a reference in its place."""
+    lm, calls = PrefixLM(tiny(family)), []
+    batch, table_PD = batch_of([tokens(6), tokens(3)], [tokens(2), tokens(7)]), noisy_table(lm)
+    padded = replace(batch, documents=batch.documents[:3])  # the last is padding
+    want = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
+    )
+    monkeypatch.setattr(varlen, "is_for", lambda *_: True)
+    found = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
+    assert len(calls) == 2 * 4
+    for (loss, grad_PD), (true_loss, true_PD) in zip(found, want, strict=True):
+        assert distance(loss, true_loss) < EXACT
+        assert distance(grad_PD, true_PD) < EXACT
+
+
+def lacking_last_targets(batch: Batch, count: int) -> Batch:
+    return replace(
+        batch, target_index_M=batch.target_index_M[:-count], target_ids_M=batch.target_ids_M[:-count]
+    )
+
+
 RULES: list[tuple[Any, Causal | None]] = [
     (masking_utils.causal_mask_function, Causal()),
     (masking_utils.sliding_window_causal_mask_function(7), Causal(7)),
@@ -273,7 +313,7 @@ def test_the_pattern_of_a_rule_is_known_or_is_told_to_be_unknown(rule: Any, patt
     assert pattern_of(rule) == pattern_of(packed) == pattern
     place = torch.arange(9)
     if pattern is not None:
-        assert pattern.block(9, torch.device("cpu")).equal(rule(0, 0, place[:, None], place))
+        assert pattern.seen(9, 9, torch.device("cpu")).equal(rule(0, 0, place[:, None], place))
 
 
 # ---------------------------------------------------------------------------------------------------- loss

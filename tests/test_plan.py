@@ -14,12 +14,12 @@ import transformers
 
 from prefix_ds.cli import app
 from prefix_ds.config import ModelKeys, config_text, parse_config
+from prefix_ds.devices import DEVICES
 from prefix_ds.dist import joined_world
 from prefix_ds.errors import ConfigError, ModelError
 from prefix_ds.model.skeleton import skeleton
 from prefix_ds.plan import Job, device_named, estimator
 from prefix_ds.plan import rehearsal as rehearsing
-from prefix_ds.plan.devices import DEVICES
 from prefix_ds.plan.estimate import step_of
 from prefix_ds.plan.rehearsal import Shape, between, rehearsed
 from tests.planned import (

@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room is a module or a package of prefix_ds; it may import rooms of strictly lower floors, and itself.
 FLOORS = [
     {"__init__", "errors"},
-    {"config", "dist", "files", "progress", "promise"},
+    {"config", "devices", "dist", "files", "progress", "promise"},
     {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
-    {"engine", "initial", "result", "suitability"},
+    {"engine", "initial", "result", "speed", "suitability"},
     {"loop", "memory", "opening", "export"},
     {"train", "generate", "check", "init", "importing", "plan", "links"},
     {"demo"},

@@ -53,15 +53,19 @@ class Sweep:
     def __init__(self, examples: Examples, limits: Limits, world: World) -> None:
         """Nothing is read until a share is asked for."""
         self.examples, self.limits, self.world = examples, limits, world
+        self._chunks = self._cut()
 
     def __iter__(self) -> Iterator[Share]:
-        for chunk in self._chunks():
-            yield _share(self.examples, chunk, self.limits, self.world)
+        return map(self.share, range(len(self)))
 
     def __len__(self) -> int:
-        return len(self._chunks())
+        return len(self._chunks)
 
-    def _chunks(self) -> list[Ints]:
+    def share(self, number: int) -> Share:
+        """This rank's part of a chunk of the examples, 0 being the first."""
+        return _share(self.examples, self._chunks[number], self.limits, self.world)
+
+    def _cut(self) -> list[Ints]:
         """Neighbouring examples with about as many tokens as all ranks take in a few micro-batches."""
         budget = self.world.size * self.limits.micro_batch_tokens * _SWEEP_MICRO_BATCHES
         chunk_of = (np.cumsum(self.examples.lengths) - 1) // budget
@@ -79,4 +83,5 @@ def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Sha
         global_targets=int(num_targets.sum()),
         global_tokens=int(lengths.sum()),
         num_examples=len(batch),
+        global_squares=int((lengths**2).sum()),
     )

@@ -19,12 +19,14 @@ from torch import Tensor
 from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed
-from prefix_ds.engine.prefix_engine import mean_loss, refuse_nonsense
+from prefix_ds.engine.prefix_engine import mean_loss, read_once, refuse_nonsense
 from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.sharding import Sharded, whole_tensors
 from prefix_ds.engine.step import StepReport
+from prefix_ds.engine.waiting import waiting
 from prefix_ds.files import whole_folder
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.unread import masks_unread
 from prefix_ds.progress import Progress
 
 
@@ -39,6 +41,13 @@ class FullEngine:
 
     def step(self, share: Share, lr: float) -> StepReport:
         """One optimizer step on this rank's share of the global batch. Every rank calls this."""
+        with waiting(self.world.device) as waited, masks_unread():
+            loss, norm = self._updated(share, lr)
+        refuse_nonsense(loss, norm)
+        return StepReport(loss, norm, share.global_targets, share.global_tokens, waited.seconds)
+
+    def _updated(self, share: Share, lr: float) -> tuple[float, float]:
+        """Updates the weights; the loss before, and the gradient's norm before clipping."""
         engine = self.model.engine
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(share.micro_batches, start=1):
@@ -51,10 +60,7 @@ class FullEngine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.step()
-        norm = engine.get_global_grad_norm()
-        report = StepReport(float(summed(loss)), float(norm), share.global_targets, share.global_tokens)
-        refuse_nonsense(report)
-        return report
+        return read_once(summed(loss), torch.as_tensor(engine.get_global_grad_norm()))
 
     @torch.no_grad()
     def validate(self, shares: Iterable[Share]) -> float:

@@ -20,8 +20,10 @@ from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed
 from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.step import StepReport
+from prefix_ds.engine.waiting import waiting
 from prefix_ds.errors import RunError
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.unread import masks_unread
 from prefix_ds.optim import adamw, optimizer_tensors, restore_optimizer
 from prefix_ds.prefix import Prefix, Slot
 from prefix_ds.progress import Progress
@@ -51,6 +53,16 @@ class PrefixEngine:
 
     def step(self, share: Share, lr: float) -> StepReport:
         """One optimizer step on this rank's share of the global batch. Every rank calls this."""
+        with waiting(self.world.device) as waited, masks_unread():
+            loss, norm = self._gradient(share)
+        refuse_nonsense(loss, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return StepReport(loss, norm, share.global_targets, share.global_tokens, waited.seconds)
+
+    def _gradient(self, share: Share) -> tuple[float, float]:
+        """Leaves the clipped gradient in what is trained; the loss, and the gradient's norm before that."""
         table = self.prefix.table()
         leaf = table.detach().requires_grad_()
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -65,12 +77,7 @@ class PrefixEngine:
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(table, summed(leaf.grad))
         norm = nn.utils.clip_grad_norm_(self.trained, self.keys.clip_norm or float("inf"))
-        report = StepReport(float(summed(loss)), float(norm), share.global_targets, share.global_tokens)
-        refuse_nonsense(report)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return report
+        return read_once(summed(loss), norm)
 
     @torch.no_grad()
     def validate(self, shares: Iterable[Share]) -> float:
@@ -105,20 +112,27 @@ def mean_loss(
     Every rank calls this.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for share in shares:
-        for batch in share.micro_batches:
-            totals[0] += lm.loss(batch.to(device), table, slots)
-            totals[1] += len(batch.target_ids_M)
+    with masks_unread():
+        for share in shares:
+            for batch in share.micro_batches:
+                totals[0] += lm.loss(batch.to(device), table, slots)
+                totals[1] += len(batch.target_ids_M)
     lm.detach()
     loss, count = summed(totals).tolist()
     return float(loss / count)
 
 
-def refuse_nonsense(report: StepReport) -> None:
+def read_once(loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Both numbers with a single wait for the device: the only one of a step."""
+    first, second = torch.stack([loss, norm.to(loss)]).tolist()
+    return first, second
+
+
+def refuse_nonsense(loss: float, norm: float) -> None:
     """Raises RunError when the loss or the gradient is no number: the update would ruin what was learned."""
-    if not (abs(report.loss) < float("inf") and report.grad_norm < float("inf")):
+    if not (abs(loss) < float("inf") and norm < float("inf")):
         raise RunError(
-            f"the loss is {report.loss}, its gradient's norm {report.grad_norm}: training has diverged; "
+            f"the loss is {loss}, its gradient's norm {norm}: training has diverged; "
             "lower train.lr, or raise train.warmup_steps"
         )
 

@@ -22,6 +22,7 @@ class StepReport:
     grad_norm: float  # of the trained tensors, before clipping
     num_targets: int
     num_tokens: int
+    waited_seconds: float | None = None  # this rank's, blocked in collective calls; None: not known
 
 
 class Engine(Protocol):

@@ -8,13 +8,13 @@ sinks are used, which the former drops without a word. Nothing enters the key/va
 packing, windows and generation therefore need no knowledge of the prefix, which is where a prefix put in the
 cache breaks (checkpointed layers drop the cache; packed positions are not recognised beside one).
 
-In training every document attends alone, so that a row costs the sum of its documents' squares: by kernels
-that need no mask (`flash`) or, where they do not fit, by the model's function called for one document at a
-time. Where a model has changed the mask, or brings something else that spans the row, the row attends as a
-whole, and so it does in generation. Then documents are hidden from each other here, for transformers does it
-only for families that tell its mask functions the positions, and gpt_oss, OPT and twenty more do not. The
-prefix is visible to every position, whatever the window. One widened mask serves all layers of a kind; it is
-bool for scaled dot product and additive for the models' own functions.
+In training every document attends apart, so that a row costs the sum of its documents' squares: by code of
+our own (`apart`, and `varlen` on GPUs) or, where that does not fit, by the model's function, called for a
+document at a time. Where a model has changed the mask, or brings something else that spans the row, the row
+attends as a whole, and so it does in generation. Documents are hidden from each other then, for transformers
+does it only for families that tell its mask functions the positions, and gpt_oss, OPT and twenty more do not.
+The prefix is visible to every position, whatever the window. One widened mask serves all layers of a kind; it
+is bool for scaled dot product and additive for the models' own functions.
 
 The prefix is found through the attention module, on which `Joint` leaves a mark, never through a keyword
 (some layers pass none on, and `generate` refuses unknown ones) nor a global. A module that attends several
@@ -39,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from prefix_ds.data.batch import Document
-from prefix_ds.model import flash
+from prefix_ds.model import apart, varlen
 from prefix_ds.model.masks import Causal, LazyMask, Rule, lazy_eager_mask, lazy_sdpa_mask
 
 # The names decide: transformers looks for "sdpa", "flash" and "paged|" inside them.
@@ -78,6 +78,7 @@ class Joint:
 
     source: Source | None = None
     documents: Documents | None = None  # None: each row is one, as the model's own mask says
+    has_kernels = True  # whether those of GPUs may be used
     attended_whole = False  # whether a row of documents ever was: it costs the square of its length
 
     def __init__(self, base: nn.Module) -> None:
@@ -178,8 +179,8 @@ def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attenti
                 return own(module, *piece, *rest, **options)[0]
 
             rule, scale = mask.rule, options.get("scaling")
-            if own is sdpa_attention_forward and not rest and _fits_kernels(text, rule, options):
-                return _by_kernels(text, rule.pattern, front, joint.documents, scale), None
+            if rule.pattern is not None and own is sdpa_attention_forward and _is_plain(rest, options):
+                return _apart(text, rule.pattern, front, joint.documents, scale, joint.has_kernels), None
             return _one_by_one(alone, text, rule, front, joint.documents), None
         joint.attended_whole |= joint.documents is not None
         whole = mask.rule.whole() if isinstance(mask, LazyMask) else mask
@@ -197,17 +198,27 @@ def _is_ours(mask: Any, options: dict[str, Any]) -> bool:
     return isinstance(mask, LazyMask) and not spans
 
 
-def _fits_kernels(text: Text, rule: Rule, options: dict[str, Any]) -> bool:
-    return rule.pattern is not None and not options.get("softcap") and flash.is_for(*text)
+def _is_plain(rest: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether nothing is asked for beyond attention: what is not known here is left to others."""
+    return not rest and not options.get("softcap") and not options.get("dropout")
 
 
-def _by_kernels(
-    text: Text, pattern: Causal, front: Front | None, documents: Documents, scale: float | None
+def _apart(
+    text: Text,
+    pattern: Causal,
+    front: Front | None,
+    documents: Documents,
+    scale: float | None,
+    has_kernels: bool,
 ) -> Tensor:
-    rows = [row for row in range(len(text[0])) if front is not None and front.seen_by(row)]
-    nothing = text[1][0, :, :0].detach()
+    query, key, _ = text
+    rows = frozenset(row for row in range(len(query)) if front is not None and front.seen_by(row))
+    nothing = key[0, :, :0].detach()
     keys_values = (front.key_NPH, front.value_NPH) if front is not None else (nothing, nothing)
-    return flash.attended(*text, keys_values, flash.Layout(documents, pattern, rows, scale))
+    layout = apart.Layout(documents, pattern, rows, query.shape[-1] ** -0.5 if scale is None else scale)
+    by_kernel = has_kernels and varlen.is_for(*text, layout)
+    attended = varlen.attended if by_kernel else apart.attended
+    return attended(*text, keys_values, layout)
 
 
 def _joined(front: Front | None, key_BNTH: Tensor, value_BNTH: Tensor) -> tuple[Tensor, Tensor]:

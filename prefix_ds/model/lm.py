@@ -204,8 +204,21 @@ class PrefixLM:
             logits: Tensor = self.base(input_ids=ids_BT, use_cache=False, **told).logits
         return logits
 
-    @torch.no_grad()
     def _tried(self) -> Findings:
+        """What a trial finds; one more without kernels of GPUs where they do not give what they should."""
+        findings = self._try()
+        if self.device.type == "cuda" and not (findings.means_text and findings.can_pack):
+            self._joint.has_kernels = False
+            without = self._try()
+            self._joint.has_kernels = (without.means_text, without.can_pack) == (
+                findings.means_text,
+                findings.can_pack,
+            )
+            return without
+        return findings
+
+    @torch.no_grad()
+    def _try(self) -> Findings:
         trial = Trial(self.device)
         self._joint.source = trial
         with Watched(self.base), self._head.heard() as raw:

@@ -31,12 +31,11 @@ class Causal:
 
     window: int | None = None
 
-    def block(self, length: int, device: torch.device) -> Tensor:
-        """What a document's places [T] see of each other [T]."""
-        place = torch.arange(length, device=device)
-        back_TT = place[:, None] - place
-        seen_TT = back_TT >= 0
-        return seen_TT if self.window is None else seen_TT & (back_TT < self.window)
+    def seen(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        """What the last queries of a document, or of its start, see of its keys: [queries, keys]."""
+        key = torch.arange(num_keys, device=device)
+        back = key[num_keys - num_queries :, None] - key
+        return back >= 0 if self.window is None else (back >= 0) & (back < self.window)
 
 
 class Rule:
@@ -74,7 +73,7 @@ class Rule:
     def seen_in(self, document: Document) -> Tensor:
         """What the places [T] of a document see of each other [T]."""
         if self.pattern is not None:
-            return self.pattern.block(document.length, self._device)
+            return self.pattern.seen(document.length, document.length, self._device)
         place = torch.arange(document.start, document.stop, device=self._device)
         zero = place.new_zeros(1)
         seen: Tensor = self._function(zero + document.row, zero, place[:, None], place)

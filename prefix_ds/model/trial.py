@@ -30,6 +30,7 @@ from prefix_ds.prefix import Slot
 _LENGTH = 4
 _VOCABULARY = 16  # every model has that many tokens
 _BEHIND_IT = frozenset((1, 2))  # rows
+NUM_TOKENS, NUM_TARGETS = 6 * _LENGTH, 3 * _LENGTH  # of the pass
 
 
 @dataclass(frozen=True)

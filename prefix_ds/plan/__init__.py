@@ -14,11 +14,11 @@ from functools import cache
 from rich.console import Console
 
 from prefix_ds.config import RunConfig
+from prefix_ds.devices import Device, device_named
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.initial import chosen_slots
 from prefix_ds.plan.advice import changed, warnings, ways
 from prefix_ds.plan.base import bare_base, prefix_length
-from prefix_ds.plan.devices import Device, device_named
 from prefix_ds.plan.estimate import Estimate, Job, check_job, estimate, step_of
 from prefix_ds.plan.rehearsal import Rehearsal, Shape, between, rehearsed
 from prefix_ds.plan.report import Plan, as_data, show

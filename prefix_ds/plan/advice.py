@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from prefix_ds.config import RunConfig
-from prefix_ds.plan.devices import Device
+from prefix_ds.devices import Device
 from prefix_ds.plan.estimate import Estimate, Job
 
 _MOST_DEVICES = 4096

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 from prefix_ds.config import RunConfig
+from prefix_ds.devices import Device
 from prefix_ds.errors import ConfigError
-from prefix_ds.plan.devices import Device
 from prefix_ds.plan.gathering import Gathering, Policy, gathering
 from prefix_ds.plan.rehearsal import Course, Rehearsal, Shape, Weights
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prefix_ds.config import RunConfig
+from prefix_ds.devices import Device
 from prefix_ds.plan.advice import Way
-from prefix_ds.plan.devices import Device
 from prefix_ds.plan.estimate import COMPUTE_PART, LINK_PART, Estimate, Job, Step
 
 

@@ -1,0 +1,90 @@
+"""The shares of the next steps, made by a thread while the device computes.
+
+Order, packing, reading ids and collating are milliseconds of Python a step, and a copy to a GPU out of
+ordinary memory makes the host wait. A thread does all of it a few steps ahead. For a GPU it copies out of
+pinned memory, on a stream of its own, and hands a share on when it has arrived.
+
+What is handed on is what `make` gives for its number, in whatever order it is asked for; an error in the
+thread is raised where its share is asked for. Nothing is remembered that a checkpoint would need.
+
+Knows nothing of what is in a share, or of when it is used.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from prefix_ds.data.batch import Batch, Share
+
+_AHEAD = 3  # shares
+
+
+class Ahead:
+    """Shares by number, the next ones under way. A context manager: at its end the thread is gone."""
+
+    def __init__(self, make: Callable[[int], Share], num_steps: int, device: torch.device) -> None:
+        """`make` gives share 0 <= n < num_steps; it is only ever called in the thread, one at a time."""
+        self.num_steps = num_steps
+        self._make, self._placed = make, _Copies(device) if device.type == "cuda" else _as_it_is
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shares ahead")
+        self._coming: dict[int, Future[Share]] = {}
+
+    def share(self, step: int) -> Share:
+        """The share of a step, on the device. Waits for it, and raises what `make` raised."""
+        last = max(step, min(step + _AHEAD, self.num_steps - 1))
+        coming = {n: self._coming.get(n) or self._begun(n) for n in range(step, last + 1)}
+        share, self._coming = coming.pop(step), coming
+        return share.result()
+
+    def __iter__(self) -> Iterator[Share]:
+        """All shares in turn."""
+        return map(self.share, range(self.num_steps))
+
+    def __enter__(self) -> Self:
+        """Itself; the thread begins with the first question."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the thread, which finishes the share it is at."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _begun(self, step: int) -> Future[Share]:
+        return self._thread.submit(lambda: self._placed(self._make(step)))
+
+
+def _as_it_is(share: Share) -> Share:
+    return share
+
+
+class _Copies:
+    """To a GPU, beside what it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._user = torch.cuda.current_stream(device)
+
+    def __call__(self, share: Share) -> Share:
+        with torch.cuda.stream(self._stream):
+            there = tuple(pinned(batch).to(self._device) for batch in share.micro_batches)
+        self._stream.synchronize()
+        for tensor in (t for batch in there for t in _tensors(batch).values()):
+            tensor.record_stream(self._user)  # or the next copy takes its memory before it is read
+        return replace(share, micro_batches=there)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in memory that a GPU can read while the host goes on."""
+    there: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(batch).items()}
+    return replace(batch, **there)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}

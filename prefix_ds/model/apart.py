@@ -1,0 +1,199 @@
+"""Attention of packed rows, each document apart, a prefix in front of all of them.
+
+A row so costs the sum of its documents' squares, and there is no mask of the row. A document's queries are
+taken some at a time, with the keys up to the last of them: a product with the keys of prefix and text, scores
+in float32, a softmax, a product with the values. Half of a document's square, which is hidden, is left out,
+and what is behind a window too. Nothing of it is kept: the backward pass computes the scores again from
+queries and keys, as the kernels of GPUs do (Dao et al. 2022).
+
+Rejected for CPUs: torch's own such kernels for the text, and the prefix's part put to it by the logarithms of
+the sums. For documents of some hundred tokens that takes half as long again to three times as long
+(docs/performance.md), and they want keys and values of one size.
+
+Below the first layer with a prefix nothing has a gradient; there only the prefix's is wanted. Heads of
+queries that share a key are a group, and the key is not copied for them.
+
+Knows nothing of modules, and of masks no more than their pattern.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_ds.data.batch import Document
+from prefix_ds.model.masks import Causal
+
+_BLOCK = 128  # queries at a time, fewer where their scores would be too many
+_MOST_SCORES = 2**24  # 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What may see what: documents in rows, the pattern within one, and the rows that see the prefix."""
+
+    documents: Sequence[Document]
+    pattern: Causal
+    rows_with_front: frozenset[int]
+    scale: float  # of scores
+
+
+def attended(
+    query_BNTH: Tensor, key_BKTH: Tensor, value_BKTV: Tensor, front: tuple[Tensor, Tensor], layout: Layout
+) -> Tensor:
+    """What each place sees [B, T, N, V]; a place of no document sees nothing, and gives zeros.
+
+    `front`: the prefix's keys [K, P, H] and values [K, P, V], of one type with the text's. N heads of queries
+    share K of keys.
+    """
+    seen: Tensor = _Attended.apply(query_BNTH, key_BKTH, value_BKTV, *front, layout)  # type: ignore[no-untyped-call]
+    return seen
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, ctx.layout = args
+        query_BNTH, _, value_BKTV = tensors[:3]
+        num_rows, num_heads, length, _ = query_BNTH.shape
+        seen_BTNV = query_BNTH.new_zeros(num_rows, length, num_heads, value_BKTV.shape[-1])
+        for document in ctx.layout.documents:
+            text = _Text.of(document, tensors, ctx.layout)
+            _see(text, ctx.layout, _of_document(seen_BTNV.transpose(1, 2), document, text))
+        ctx.save_for_backward(*tensors)
+        return seen_BTNV  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        tensors, with_text = ctx.saved_tensors, any(ctx.needs_input_grad[:3])
+        totals = [*(_zeros_like(t) for t in tensors[:3]), *(_zeros_like(t, _wide(t)) for t in tensors[3:])]
+        for document in ctx.layout.documents:
+            text, into = (_Text.of(document, each, ctx.layout) for each in (tensors, totals))
+            grad = _of_document(grads[0].transpose(1, 2), document, text)
+            _unsee(text, ctx.layout, grad, into, with_text)
+        each = zip(totals, tensors, ctx.needs_input_grad, strict=False)
+        return *(total.to(tensor.dtype) if wanted else None for total, tensor, wanted in each), None
+
+
+class _Text(NamedTuple):
+    """A document and what is in front of it, or the gradients to both. **G** heads of queries share a key."""
+
+    query_KGTH: Tensor
+    key_KTH: Tensor
+    value_KTV: Tensor
+    front_key_KPH: Tensor
+    front_value_KPV: Tensor
+
+    @staticmethod
+    def of(document: Document, tensors: Sequence[Tensor], layout: Layout) -> "_Text":
+        """A document's views of what `attended` is given."""
+        places = slice(document.start, document.stop)
+        query, key, value = (t[document.row, :, places] for t in tensors[:3])
+        seen = slice(None if document.row in layout.rows_with_front else 0)
+        return _Text(_grouped(query, len(key)), key, value, *(t[:, seen] for t in tensors[3:]))
+
+
+class _Piece(NamedTuple):
+    """Some queries of a document, and the keys they may see: none of the text's before `since`."""
+
+    queries: slice
+    since: int
+
+    def keys(self, front_KPX: Tensor, text_KTX: Tensor) -> Tensor:
+        """Of the prefix and of the text."""
+        return torch.cat([front_KPX, text_KTX[:, self.since : self.queries.stop]], dim=1)
+
+
+def _pieces(text: _Text, layout: Layout) -> Iterator[_Piece]:
+    length, window = text.query_KGTH.shape[2], layout.pattern.window
+    num_keys = min(length, window or length) + text.front_key_KPH.shape[1]
+    block = max(1, min(_BLOCK, _MOST_SCORES // (text.query_KGTH.shape[:2].numel() * num_keys)))
+    for first in range(0, length, block):
+        since = 0 if window is None else max(0, first - window + 1)
+        yield _Piece(slice(first, min(first + block, length)), since)
+
+
+def _see(text: _Text, layout: Layout, into_KGTV: Tensor) -> None:
+    for piece in _pieces(text, layout):
+        query_KQH, _, probability_KQC = _probabilities(text, piece, layout)
+        value_KCV = piece.keys(text.front_value_KPV, text.value_KTV)
+        into = into_KGTV[:, :, piece.queries]
+        into.copy_(torch.bmm(probability_KQC.to(query_KQH.dtype), value_KCV).view(into.shape))
+
+
+def _unsee(text: _Text, layout: Layout, grad_KGTV: Tensor, into: _Text, with_text: bool) -> None:
+    """The gradients of a document, added to what is there."""
+    for piece in _pieces(text, layout):
+        query_KQH, key_KCH, probability_KQC = _probabilities(text, piece, layout)
+        value_KCV = piece.keys(text.front_value_KPV, text.value_KTV)
+        grad_KQV = grad_KGTV[:, :, piece.queries].reshape(*query_KQH.shape[:2], -1)
+        to_score = _to_score(torch.bmm(grad_KQV, value_KCV.mT), probability_KQC)
+        to_score = to_score.mul_(layout.scale).to(query_KQH.dtype)
+        to_key = torch.bmm(to_score.mT, query_KQH)
+        to_value = torch.bmm(probability_KQC.to(grad_KQV.dtype).mT, grad_KQV)
+        length, keys = text.front_key_KPH.shape[1], slice(piece.since, piece.queries.stop)
+        into.front_key_KPH.add_(to_key[:, :length])
+        into.front_value_KPV.add_(to_value[:, :length])
+        if with_text:
+            to_query = into.query_KGTH[:, :, piece.queries]
+            to_query.copy_(torch.bmm(to_score, key_KCH).view(to_query.shape))
+            into.key_KTH[:, keys].add_(to_key[:, length:])
+            into.value_KTV[:, keys].add_(to_value[:, length:])
+
+
+def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """A piece's queries, group after group [K, Q, H], its keys [K, C, H], and the probabilities [K, Q, C]."""
+    query_KGQH = text.query_KGTH[:, :, piece.queries]
+    num_groups, num_queries = query_KGQH.shape[1:3]
+    query_KQH = query_KGQH.reshape(len(query_KGQH), num_groups * num_queries, -1)
+    key_KCH = piece.keys(text.front_key_KPH, text.key_KTH)
+    front, wide = text.front_key_KPH.shape[1], _wide(query_KQH)
+    hidden_QC = _hidden(
+        layout.pattern, num_queries, key_KCH.shape[1] - front, front, num_groups, wide, key_KCH.device
+    )
+    score_KQC = torch.baddbmm(hidden_QC, query_KQH.to(wide), key_KCH.to(wide).mT, alpha=layout.scale)
+    return query_KQH, key_KCH, torch.softmax(score_KQC, dim=-1)
+
+
+@lru_cache(maxsize=1024)
+def _hidden(
+    pattern: Causal,
+    num_queries: int,
+    num_keys: int,
+    front: int,
+    num_groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """What is added to the scores of the last of some text, for each group in turn, behind a prefix."""
+    seen = torch.nn.functional.pad(pattern.seen(num_queries, num_keys, device), (front, 0), value=True)
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+    return hidden.repeat(num_groups, 1)
+
+
+def _to_score(to_probability: Tensor, probability: Tensor) -> Tensor:
+    wide = probability.dtype
+    grad: Tensor = torch.ops.aten._softmax_backward_data(to_probability.to(wide), probability, -1, wide)
+    return grad
+
+
+def _of_document(rows_BNTX: Tensor, document: Document, text: _Text) -> Tensor:
+    return _grouped(rows_BNTX[document.row, :, document.start : document.stop], len(text.key_KTH))
+
+
+def _grouped(heads_NTX: Tensor, num_keys: int) -> Tensor:
+    """The heads by the key they share: [N, T, X] as [K, G, T, X]."""
+    return heads_NTX.view(num_keys, -1, *heads_NTX.shape[1:])
+
+
+def _zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """With the heads of a place side by side, as projections write them."""
+    shape = tensor.transpose(-3, -2).shape
+    return tensor.new_zeros(shape, dtype=dtype or tensor.dtype).transpose(-3, -2)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)

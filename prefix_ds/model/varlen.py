@@ -1,0 +1,102 @@
+"""Attention of packed rows on a GPU: one kernel for all documents, whatever their lengths.
+
+torch's kernel for sequences of several lengths (`varlen_attn`, Flash Attention) takes queries and keys of all
+documents one after the other, each with lengths of its own, and lines causality up at their ends. So a
+prefix is so many more keys in front of each document: it is copied for each, which costs little beside the
+scores, and nothing has to be put together afterwards.
+
+A window would hide the prefix, so layers whose window is shorter than a document are left to `apart`. So is
+all that the kernel does not take: float32, large heads, keys and values of two sizes.
+
+Knows nothing of modules, and of masks no more than their pattern.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from prefix_ds.data.batch import Document
+from prefix_ds.model.apart import Layout
+
+_LARGEST_HEAD = 256
+_TYPES = (torch.bfloat16, torch.float16)
+
+
+def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
+    """Whether the kernel takes these."""
+    longest = max((document.length for document in layout.documents), default=0)
+    sees_all = layout.pattern.window is None or longest <= layout.pattern.window
+    sizes = {tensor.shape[-1] for tensor in (query, key, value)}
+    is_known = query.is_cuda and query.dtype in _TYPES and len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD
+    return is_known and sees_all and longest > 0
+
+
+def attended(
+    query_BNTH: Tensor, key_BKTH: Tensor, value_BKTH: Tensor, front: tuple[Tensor, Tensor], layout: Layout
+) -> Tensor:
+    """As `apart.attended`."""
+    num_rows, num_heads, length, size = query_BNTH.shape
+    course = _course(
+        tuple(layout.documents), layout.rows_with_front, front[0].shape[1], length, query_BNTH.device
+    )
+    key_SKH, value_SKH = (
+        torch.cat([before.transpose(0, 1), _flat(text)]).index_select(0, course.keys)
+        for before, text in zip(front, (key_BKTH, value_BKTH), strict=True)
+    )
+    seen_QNH: Any = varlen_attn(
+        _flat(query_BNTH).index_select(0, course.queries),
+        key_SKH,
+        value_SKH,
+        course.query_borders,
+        course.key_borders,
+        course.longest,
+        course.longest + front[0].shape[1],
+        scale=layout.scale,
+        window_size=(-1, 0),
+        enable_gqa=num_heads != key_BKTH.shape[1],
+    )
+    nothing = query_BNTH.new_zeros(num_rows * length, num_heads, size)
+    whole: Tensor = nothing.index_copy(0, course.queries, seen_QNH)
+    return whole.view(num_rows, length, num_heads, size)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """Where the documents' queries and keys are taken from, and where each ends."""
+
+    queries: Tensor  # places in the flattened rows
+    keys: Tensor  # places in prefix and flattened rows
+    query_borders: Tensor
+    key_borders: Tensor
+    longest: int
+
+
+@lru_cache(maxsize=4)  # all layers of a micro-batch have one
+def _course(
+    documents: tuple[Document, ...], with_front: frozenset[int], front: int, row: int, device: torch.device
+) -> _Course:
+    places = [torch.arange(d.row * row + d.start, d.row * row + d.stop) for d in documents]
+    fronts = [torch.arange(front if d.row in with_front else 0) for d in documents]
+    keys = [torch.cat([before, place + front]) for before, place in zip(fronts, places, strict=True)]
+    return _Course(
+        torch.cat(places).to(device, non_blocking=True),
+        torch.cat(keys).to(device, non_blocking=True),
+        _borders(places).to(device, non_blocking=True),
+        _borders(keys).to(device, non_blocking=True),
+        max(d.length for d in documents),
+    )
+
+
+def _borders(sequences: Sequence[Tensor]) -> Tensor:
+    return torch.tensor(list(accumulate(map(len, sequences), initial=0)), dtype=torch.int32)
+
+
+def _flat(rows_BNTH: Tensor) -> Tensor:
+    """The rows' places one after the other: [B * T, N, H]."""
+    return rows_BNTH.transpose(1, 2).flatten(0, 1)
