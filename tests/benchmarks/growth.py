@@ -176,7 +176,7 @@ def draw(path, name, xs, time, memory):
     import matplotlib as mpl
 
     mpl.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}
     figure, panels = pyplot.subplots(1, 2, figsize=(7.2, 2.8), layout="constrained")
@@ -187,6 +187,8 @@ def draw(path, name, xs, time, memory):
         panel.loglog(xs, found, "o", color="C0", label=f"measured, slope {slope(xs, found):.2f}")
         panel.set(xlabel=name, ylabel=what, xticks=xs, ylim=(min(found + told) / 2, max(found + told) * 2))
         panel.set_xticks(xs, [f"{x:,}" if x < 1024 else f"{x // 1024}k" for x in xs])
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:,.6g}")
         panel.minorticks_off()
         panel.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})

@@ -2,13 +2,14 @@
 
     python -m tests.benchmarks.limit [--quick] [PAIRS]
 
-A Llama of 12 layers, 768 wide, 32,000 tokens, bfloat16 (`--quick`: 4 layers, nothing recomputed); a micro-batch of 2,048 tokens
-in documents of 256, half of the tokens targets, a prefix of 30. Once one rank with two threads, once two
-ranks with one thread each, under ZeRO-3. In each process steps and bare products take turns, and start
-together on all ranks. A step's arithmetic (`tests.benchmarks.arithmetic`: recomputation not counted) over its
-time is its rate; the machine's is that of the products with weights, each shape as often as a step has it,
-alone. Printed are both and their ratio (medians of pairs; of ranks the slowest), the rates of the shapes,
-and where the time of a step goes: operators by their own time, as torch's profiler sees them.
+A Llama of 12 layers, 768 wide, 32,000 tokens, bfloat16 (`--quick`: 4 layers, nothing recomputed); a
+micro-batch of 2,048 tokens in documents of 256, half of the tokens targets, a prefix of 30. Once one rank
+with two threads, once two ranks with one thread each, under ZeRO-3. In each process steps and bare products
+take turns, and start together on all ranks. A step's arithmetic (`tests.benchmarks.arithmetic`: recomputation
+not counted) over its time is its rate; the machine's is that of the products with weights, each shape as
+often as a step has it, alone. Printed are both and their ratio (medians of pairs; of ranks the slowest), the
+rates of the shapes, and where the time of a step goes: operators by their own time, as torch's profiler sees
+them.
 
 The bars: 0.80 of the machine's rate on one rank, 0.65 on two.
 """
