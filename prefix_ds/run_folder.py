@@ -1,6 +1,7 @@
 """The folder of a run: where everything lies, and whether it belongs to this configuration.
 
     run.yaml  deepspeed.json     the resolved configuration
+    recompute.json               model.recompute: auto: what was decided
     metrics.jsonl  mlflow.json   every number, and how far MLflow has them
     checkpoints/step-00000200/   what the run goes on from
     prefix/  model/              the best result: keys and values, or (full, pretrain) a Hugging Face folder
@@ -41,6 +42,11 @@ class RunFolder:
     def deepspeed_file(self) -> Path:
         """The resolved DeepSpeed settings."""
         return self.path / "deepspeed.json"
+
+    @property
+    def recompute_file(self) -> Path:
+        """What `model.recompute: auto` came to."""
+        return self.path / "recompute.json"
 
     @property
     def prefix(self) -> Path:

@@ -48,6 +48,7 @@ from prefix_ds.memory import RunMemory
 from prefix_ds.model import PrefixLM
 from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
 from prefix_ds.optim import adamw
+from prefix_ds.plan.fitting import fitted
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.rows import limits_for
@@ -97,7 +98,8 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     folder, settings = together(lambda: _prepared(config, world))
     tokenizer = _tokenizer(config, folder, world)
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
-    trained = _trained(config, settings, tokenizer, world)
+    trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
+    on_first(world, lambda: _write_settings(folder, trained.base.settings))
     memory = RunMemory(folder, world, config)
     start = memory.restore(trained.engine)
     limits = limits_for(trained.lm, config)
@@ -129,14 +131,15 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
 
 
 def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings]:
-    """The run folder and DeepSpeed's settings, written into it."""
+    """The run folder, and what DeepSpeed's file and run.yaml say of its settings."""
     settings = deepspeed_settings(config, world.size)
     vet(settings, config.engine.deepspeed)
     check_base(config)
-    folder = claim(config) if world.is_first else RunFolder(Path(config.run.folder))
-    if world.is_first:
-        write_text_atomically(folder.deepspeed_file, json.dumps(settings, indent=2) + "\n")
-    return folder, settings
+    return claim(config) if world.is_first else RunFolder(Path(config.run.folder)), settings
+
+
+def _write_settings(folder: RunFolder, settings: Settings) -> None:
+    write_text_atomically(folder.deepspeed_file, json.dumps(settings, indent=2) + "\n")
 
 
 def _splits(config: RunConfig) -> list[str]:
@@ -194,6 +197,7 @@ def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World)
 def _wrapped(shards: Sharded, config: RunConfig, world: World) -> tuple[PrefixLM, int]:
     """The base as a model that sees a prefix, and the operations of the products in its trial."""
     keys = config.model
+    assert keys.recompute != "auto"
     with Products() as products:
         lm = PrefixLM(shards.module, attention=keys.attention, recompute=keys.recompute, device=world.device)
     for line in lm.limits if world.is_first else ():

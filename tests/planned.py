@@ -51,7 +51,7 @@ class Case:
     def name(self):
         """For people."""
         words = " ".join(self.words) or "bf16"
-        own = "" if dict(self.zero) == ZERO else " ZeRO's defaults"
+        own = "" if dict(self.zero) == ZERO else " sizes of the model"
         return f"{self.family} {self.ranks} ranks {words} {self.rows}x{self.length} P{self.prefix}{own}"
 
 

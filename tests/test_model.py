@@ -5,6 +5,7 @@ The meaning law, for all families, is in test_families.py.
 
 import gc
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from prefix_ds.model import PrefixLM, apart, attention, likelihood, varlen
 from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
+from prefix_ds.model.recompute import repeatable_layers
 from prefix_ds.prefix import keys_values_of
 from prefix_ds.prefix import table_of as float32_table_of
 from tests.laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
@@ -282,7 +284,7 @@ def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pyte
     padded = replace(batch, documents=batch.documents[:3])  # the last is padding
     want = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
     monkeypatch.setattr(
-        varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
+        varlen.varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
     )
     monkeypatch.setattr(varlen, "is_for", lambda *_: True)
     found = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
@@ -439,15 +441,70 @@ def test_each_layer_attends_once_more_if_it_is_recomputed(recompute: bool) -> No
     assert (len(first), len(last)) == ((2, 2) if recompute else (1, 1))
 
 
-def test_recomputation_keeps_less() -> None:
-    kept = {}
-    for recompute in (False, True):
-        lm = PrefixLM(tiny("llama"), recompute=recompute)
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
-            lm.loss(batch_of([tokens(60)]), noisy_table(lm), lm.slots)
-        kept[recompute] = sum(sizes)
-    assert kept[True] < kept[False] / 2
+def test_the_lowest_layers_are_computed_again() -> None:
+    lm, plain = PrefixLM(tiny("llama"), recompute=3), PrefixLM(tiny("llama"))
+    batch, table_PD = batch_of([tokens(8), tokens(3)]), noisy_table(lm)
+    with ExitStack() as stack:
+        calls = [stack.enter_context(calls_of(layer.self_attn)) for layer in lm.base.model.layers]
+        loss, grad_PD = grad_of(lm, batch, table_PD)
+    assert [len(made) for made in calls] == [2, 2, 2, 1]
+    plain_loss, plain_PD = grad_of(plain, batch, table_PD)
+    assert loss.equal(plain_loss)
+    assert grad_PD.equal(plain_PD)
+
+
+def test_no_more_layers_are_computed_again_than_there_are() -> None:
+    with pytest.raises(ModelError, match=r"model\.recompute: 5, but LlamaForCausalLM has 4 layers that can"):
+        PrefixLM(tiny("llama"), recompute=5)
+
+
+class Kept:
+    """A tensor that autograd has saved, as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_by_layers(lm: PrefixLM, slots: Any) -> list[list[Tensor]]:
+    """What the backward pass of a loss has been left by each layer."""
+    layers = repeatable_layers(lm.base)
+    saved: list[list[weakref.ref[Kept]]] = [[] for _ in [*layers, None]]
+    now = [len(layers)]  # the number of the layer that runs; that of none is the last
+
+    def pack(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        saved[now[0]].append(weakref.ref(kept))
+        return kept
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: now.__setitem__(0, number))
+        layer.register_forward_hook(lambda *_: now.__setitem__(0, len(layers)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss = lm.loss(batch_of([tokens(60)]), noisy_table(lm, slots=slots), slots)
+    alive = [[kept.tensor for ref in refs if (kept := ref())] for refs in saved[:-1]]
+    loss.backward()
+    assert all(weight.grad is None and not weight.requires_grad for weight in lm.base.parameters())
+    return alive
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe", "deepseek_v3"])
+def test_a_layer_that_is_computed_again_keeps_its_input_and_nothing_else(family: str) -> None:
+    lm = PrefixLM(tiny(family), recompute=3)
+    width = lm.base.config.hidden_size
+    *again, last = kept_by_layers(lm, lm.slots)
+    for kept in again:
+        hidden = [tensor for tensor in kept if tensor.dtype.is_floating_point]  # and GPT-2's mask, for all
+        assert [tensor.shape for tensor in hidden] == [(1, 60, width)]
+        assert sum(tensor.nbytes for tensor in kept) < sum(tensor.nbytes for tensor in last) / 4
+
+
+@pytest.mark.parametrize("recompute", [False, True, 2])
+def test_nothing_is_kept_of_layers_below_the_lowest_prefix(recompute: bool | int) -> None:
+    lm = PrefixLM(tiny("llama"), recompute=recompute)
+    with calls_of(lm.base.model.layers[1]) as below, calls_of(lm.base.model.layers[2].self_attn) as lowest:
+        kept = kept_by_layers(lm, lm.slots[2:])
+    assert [bool(tensors) for tensors in kept] == [False, False, True, True]
+    assert (len(below), len(lowest)) == (1, 2 if recompute is True else 1)
 
 
 def test_a_base_that_was_recomputed_still_generates_with_its_cache() -> None:

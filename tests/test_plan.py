@@ -6,8 +6,12 @@ More runs, larger: `tests.benchmarks.plan_check`.
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,12 +19,15 @@ import transformers
 from prefix_ds.cli import app
 from prefix_ds.config import ModelKeys, config_text, parse_config
 from prefix_ds.devices import DEVICES
-from prefix_ds.dist import joined_world
+from prefix_ds.dist import World, joined_world
 from prefix_ds.errors import ConfigError, ModelError
 from prefix_ds.model.skeleton import skeleton
-from prefix_ds.plan import Job, device_named, estimator
+from prefix_ds.plan import Job, device_named, estimator, fitting
 from prefix_ds.plan import rehearsal as rehearsing
-from prefix_ds.plan.estimate import step_of
+from prefix_ds.plan.choice import chosen
+from prefix_ds.plan.estimate import Estimate, step_of
+from prefix_ds.plan.fitting import job_of
+from prefix_ds.plan.here import left_in_groups
 from prefix_ds.plan.rehearsal import Shape, between, rehearsed
 from tests.planned import (
     CPU,
@@ -33,10 +40,11 @@ from tests.planned import (
     planned,
     share_of,
 )
-from tests.ranks import on_ranks
+from tests.ranks import command, on_ranks
 from tests.resident import MIB
 from tests.test_families import NAMED, NEEDS
 from tests.tiny_models import FAMILIES, tiny_config
+from tests.workshop import run_config
 
 # What goes a way that depends on numbers, in their own code.
 NOT_PLANNED = {"dbrx", "jetmoe", "longcat_flash", "qwen4_exp", "qwen4_exp_text", "xmod"}
@@ -76,7 +84,7 @@ def gathered_in_steps(cases, folder):
     return found
 
 
-@pytest.mark.parametrize("words", [(), ("model.recompute=true",), EIGHT])
+@pytest.mark.parametrize("words", [(), ("model.recompute=true",), ("model.recompute=2",), EIGHT])
 def test_deepspeed_gathers_what_its_replay_gathers(bases, words):
     cases = [
         Case(family, words=words, rows=2, length=16, prefix=4, zero=ALL_SHARDED)
@@ -147,14 +155,14 @@ def test_a_base_whose_way_depends_on_numbers_is_refused(family):
         seen(makes(family))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, True, 3])
 @pytest.mark.parametrize(
     "family", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "deepseek_v3", "qwen3_next", "opt"]
 )
 def test_a_deep_base_is_rehearsed_by_its_kinds_of_layers(monkeypatch, family, recompute):
     deep = {} if family in ("gemma3_text", "qwen3_next") else {"num_hidden_layers": 9}
     short = seen(makes(family, **deep), recompute)
-    monkeypatch.setattr(rehearsing, "shortened", lambda base: None)
+    monkeypatch.setattr(rehearsing, "shortened", lambda *_: None)
     whole = seen(makes(family, **deep), recompute)
     assert short.course.moments == whole.course.moments
     assert short.flops == whole.flops
@@ -174,6 +182,19 @@ def test_rows_between_two_numbers_are_in_line():
     assert found.flops == pytest.approx(some.flops, rel=0.01)
     for mine, theirs in zip(found.highest, some.highest, strict=True):
         assert mine.total == pytest.approx(theirs.total, rel=0.05)
+
+
+def test_every_layer_computed_again_takes_memory_and_costs_its_forward_pass():
+    found = [seen(makes("llama", num_hidden_layers=9), again) for again in (False, 3, 6, True)]
+    highest = [max(alive.total for alive in rehearsal.highest) for rehearsal in found]
+    flops = [rehearsal.flops for rehearsal in found]
+    assert highest[0] > highest[1] > highest[2] > highest[3]
+    assert flops[1] - flops[0] == flops[2] - flops[1] == flops[3] - flops[2] > 0
+
+
+def test_no_more_layers_are_planned_for_than_there_are():
+    with pytest.raises(ModelError, match=r"model\.recompute: 10, but LlamaForCausalLM has 9 layers"):
+        seen(makes("llama", num_hidden_layers=9), 10)
 
 
 def test_a_layer_without_a_prefix_above_or_below_changes_what_is_kept():
@@ -254,6 +275,122 @@ def test_ways_are_what_a_plan_of_them_says(run_file, capsys):
         assert (there["total_bytes"] <= limit) == fits
 
 
+def test_as_few_layers_are_computed_again_as_fit(run_file, capsys):
+    """An eighth of the layers less would not fit."""
+
+    def estimates_of(again):
+        words = ["plan", run_file, f"model.recompute={again}", "--nodes", 4, "--json"]
+        return json.loads(told(capsys, *words))
+
+    data = estimates_of("auto")
+    found = re.fullmatch(
+        r"model.recompute: auto: (\d+) of 80 layers computed again: ([0-9.]+) GiB planned "
+        r"\(([0-9.]+) without; (\d+)% more arithmetic\), 79.2 a device may use",
+        data["notes"][0],
+    )
+    again, total, plain, _ = map(float, found.groups())
+    chosen, without = data["estimates"]["as it is"], data["estimates"]["model.recompute=false"]
+    assert [total, plain] == [round(e["total_bytes"] / 2**30, 1) for e in (chosen, without)]
+    assert chosen["total_bytes"] <= 79.2 * 2**30 < without["total_bytes"]
+    assert chosen == estimates_of(int(again))["estimates"]["as it is"]
+    less = estimates_of(int(again) - 10)
+    assert less["estimates"]["as it is"]["total_bytes"] > 79.2 * 2**30
+    assert [f"model.recompute={again:.0f}"] in [way["overrides"] for way in less["ways"]]
+
+
+def chosen_of(gib, limit_gib, had=None):
+    """The choice among plans that take so many GiB without recomputation, for a number of layers, for all."""
+    asked = []
+
+    def estimated(again):
+        asked.append(again)
+        return Estimate({"all": round(gib(again) * 2**30)}, 0, None, 1, {"arithmetic": 1.0}, 1, num_layers=20)
+
+    return chosen(estimated, limit_gib * 2**30, had), asked
+
+
+def linear(again):
+    return 100 - 4 * (20 if again is True else again)
+
+
+@pytest.mark.parametrize(
+    ("limit", "again"), [(100, False), (99, 3), (64, 10), (48, 13), (25, True), (1, True)]
+)
+def test_the_least_recomputation_is_found_with_few_plans(limit, again):
+    choice, asked = chosen_of(linear, limit)
+    assert choice.again is again or choice.again == again is not True
+    assert len(set(map(str, asked))) <= 5
+    assert ("too little" in choice.line()) == (limit == 1)
+
+
+def test_what_a_run_had_is_kept_while_it_fits():
+    assert chosen_of(linear, 99, had=10)[0].again == 10
+    assert chosen_of(linear, 99, had=True)[0].again is True
+    assert chosen_of(linear, 50, had=10)[0].again == 13
+
+
+def test_memory_left_in_control_groups(tmp_path):
+    """Of both versions, and of the groups around: the kernel's file cache counts as left."""
+
+    def group(path, limit, used, files):
+        old = path.is_relative_to(tmp_path / "memory")
+        path.mkdir(parents=True, exist_ok=True)
+        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+        for name, text in zip(names, (limit, used), strict=True):
+            (path / f"memory.{name}").write_text(f"{text}\n")
+        (path / "memory.stat").write_text(f"cache 7\n{'total_' * old}inactive_file {files}\n")
+
+    own = tmp_path / "cgroup"
+    own.write_text("4:memory:/job/step\n1:cpu:/elsewhere\n0::/slurm/job\n")
+    assert list(left_in_groups(tmp_path, own)) == []
+    group(tmp_path / "memory" / "job", 1000, 900, 50)
+    group(tmp_path / "memory" / "another", 10, 10, 0)
+    group(tmp_path / "slurm" / "job", "max", 900, 50)
+    group(tmp_path / "slurm", 500, 480, 0)
+    assert sorted(left_in_groups(tmp_path, own)) == [20, 150]
+
+
+def test_examples_of_like_lengths_run_together():
+    """Long ones have few targets, short ones many: a micro-batch of short ones is planned for."""
+    examples = SimpleNamespace(
+        lengths=np.array([100] * 8 + [10] * 40), num_targets=np.array([5] * 8 + [9] * 40)
+    )
+    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 100}\ntrain: {micro_batch_tokens: 200}"
+    job = job_of(parse_config(text), examples, World(0, 8, 0, 4, torch.device("cpu")))
+    assert (job.nodes, job.devices_per_node, job.example_tokens, job.target_part) == (2, 4, 25, 0.9)
+
+
+def memory_of_two(sizes, rank):
+    """Runs in a rank's process before anything: what memory it finds."""
+    fitting.memory_here = lambda world: sizes[rank]
+
+
+def test_all_ranks_do_what_fits_the_one_with_the_least_memory(tmp_path):
+    """And when the run goes on, it does what it did as long as that fits."""
+    config = run_config(tmp_path, "model.recompute=auto", "run.valid_every=0", "train.max_steps=2")
+    (tmp_path / "run.yaml").write_text(config_text(config))
+
+    def run(*sizes):
+        words = "train", tmp_path / "run.yaml"
+        first, *others = command(*words, size=2, before=partial(memory_of_two, sizes))
+        assert [first.code, *(other.code for other in others)] == [0, 0], first.err
+        assert not any("model.recompute" in other.err for other in others)
+        lines = [line for line in first.err.splitlines() if "model.recompute" in line]
+        return lines, json.loads((tmp_path / "run" / "recompute.json").read_text())["recompute"]
+
+    (line,), again = run(2**40, 1)
+    assert again is True
+    assert "all of 2 layers computed again" in line
+    assert "too little" in line
+    assert "recompute: auto" in (tmp_path / "run" / "run.yaml").read_text()
+    assert run(2**40, 2**40)[1] is True  # as before, since it fits
+    shutil.rmtree(tmp_path / "run")
+    (line,), again = run(2**40, 2**40)
+    assert again is False
+    assert "none of 2 layers computed again" in line
+    assert run(1, 2**40)[1] is True
+
+
 def test_devices_without_work_are_told(run_file, capsys):
     assert "leave 256 of 512 devices without any" in " ".join(
         told(capsys, "plan", run_file, "--nodes", 64).split()
@@ -295,14 +432,12 @@ def test_all_weights_and_new_bases(run_file, tmp_path, capsys):
     assert "llama: 8 x" in told(capsys, "plan", tmp_path / "new.yaml")
 
 
-def test_packed_rows_are_full_and_others_one_example():
-    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 512}\ntrain: {micro_batch_tokens: 2048}"
-    job = Job(1, 4, example_tokens=100, target_part=0.5)
-    packed = step_of(parse_config(text), job, 8)
-    assert (packed.shape, packed.micro_batches) == (Shape(4, 512, 1024, 8), 1)
-    apart = step_of(parse_config(text, ["data.packing=false"]), job, 8)
-    assert (apart.shape, apart.micro_batches) == (Shape(16, 100, 800, 8), 1)
-    assert packed.tokens == apart.tokens == 6400
+def test_examples_are_spread_over_as_few_micro_batches_as_hold_them():
+    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 512}\ntrain: {micro_batch_tokens: 500}"
+    step = step_of(parse_config(text), Job(1, 4, example_tokens=100, target_part=0.5), 8)
+    assert (step.shape, step.micro_batches) == (Shape(4, 100, 200, 8), 4)
+    assert step.most_rows == 5
+    assert step.tokens == 6400
 
 
 def test_a_device_is_found_by_its_name():

@@ -12,12 +12,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from prefix_ds.config import config_text, parse_config
 from prefix_ds.engine.disk import check_space, with_own_folder
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
+from prefix_ds.engine.sizing import Sizes, sized, sizes_of
 from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import ConfigError
+from prefix_ds.model.skeleton import skeleton
 from tests.ranks import command
 from tests.test_laws import bytes_of, changed, outcome
 from tests.workshop import base_folder, run_config
@@ -46,6 +50,47 @@ def test_it_is_short_and_every_key_has_a_line(name):
     assert len(text.splitlines()) <= 25
     for key in keys_of(json.loads(text)):
         assert f"| `{key}` |" in folder.joinpath("README.md").read_text(), key
+
+
+def test_what_a_file_leaves_out_follows_from_the_models_sizes():
+    sizes = Sizes(parameters=(500, 500, 4096, 10**6, 10**6, 10**8), layers=(4 * 10**6, 4 * 10**7))
+    settings = sized({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 7}}, sizes)
+    assert settings["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 4 * 10**7,
+        "stage3_prefetch_bucket_size": 10**7,
+        "stage3_param_persistence_threshold": 10**6,  # 2,005,096 numbers in all
+        "stage3_max_live_parameters": 7,
+    }
+
+
+def derived(sizes):
+    zero = sized({"zero_optimization": {}}, sizes)["zero_optimization"]
+    return {key.removeprefix("stage3_"): value for key, value in zero.items()}
+
+
+def test_of_a_large_base_norms_stay_whole_and_no_matrix():
+    """As large as Llama 70B; its smallest matrices have 8.4 million numbers."""
+    config = transformers.LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    assert derived(sizes_of(skeleton(config, False, torch.bfloat16))) == {
+        "reduce_bucket_size": 50_000_000,
+        "prefetch_bucket_size": 50_000_000,
+        "param_persistence_threshold": 8192,
+        "max_live_parameters": 1_000_000_000,
+    }
+
+
+def test_of_equal_parameters_all_stay_whole_or_none():
+    few, many = (Sizes((100, *[10**6] * number), (10**6,)) for number in (4, 5))
+    assert derived(few)["param_persistence_threshold"] == 10**6
+    assert derived(many)["param_persistence_threshold"] == 100
 
 
 def keys_of(tree):
@@ -103,11 +148,17 @@ def test_it_trains_what_zero3_trains(place, name, method):
     mine, run = trained(place, method, name)
     assert losses_of(run) == losses_of(plain_run)
     assert len(losses_of(run)) == 3
+    assert resolved(run).keys() >= derived(Sizes((1,), ())).keys()
     if method == "prefix":
         assert bytes_of(mine) == bytes_of(plain)
     else:
         weights = "model/model.safetensors"
         assert (run / weights).read_bytes() == (plain_run / weights).read_bytes()
+
+
+def resolved(run):
+    zero = json.loads((run / "deepspeed.json").read_text())["zero_optimization"]
+    return {key.removeprefix("stage3_"): value for key, value in zero.items()}
 
 
 def losses_of(run):

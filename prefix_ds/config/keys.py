@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+Recompute = bool | int | Literal["auto"]
+
 
 def key(default: Any, doc: str, *, free: bool = False, **bounds: Any) -> Any:
     """A field with its one line of documentation; `free` ones may differ when a run goes on."""
@@ -61,13 +63,23 @@ class ModelKeys(Section):
         "with bits 8: inputs of linear layers are int8 too, but for columns that reach this (6.0 is usual)",
         gt=0,
     )
-    recompute: bool = key(
-        False, "compute activations again in the backward pass: less memory, more time", free=True
+    recompute: Recompute = key(
+        False,
+        "compute activations again in the backward pass: all; so many layers' (the lowest); as few as fit",
+        free=True,
     )
     attention: Literal["auto", "sdpa", "eager"] = key(
         "auto", "attention the prefix is put in front of; auto takes the model's own", free=True
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the base")
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _recompute_is_one_of(cls, value: Any) -> Any:
+        """Told in one line, instead of one for each type that it can have."""
+        if value == "auto" or isinstance(value, bool) or (isinstance(value, int) and value > 0):
+            return value
+        raise PydanticCustomError("recompute", "expected true, false, a number of layers, or auto")
 
 
 class PrefixKeys(Section):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prefix_ds.dist import has_gpu
 from prefix_ds.engine.settings import Settings
+from prefix_ds.engine.sizing import sized, sizes_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Sharded:
 
     module: nn.Module
     engine: Any
+    settings: Settings  # resolved: those that DeepSpeed got
 
     def num_parameters(self) -> int:
         """Elements of the whole model."""
@@ -79,14 +81,16 @@ def sharded_construction(settings: Settings) -> Iterator[None]:
 def sharded(base: nn.Module, settings: Settings) -> Sharded:
     """A base whose parameters are shards, ready to run and frozen. Every rank calls this."""
     base.requires_grad_(False)
+    settings = sized(settings, sizes_of(base))
     engine, *_ = start_deepspeed().initialize(model=base, config=settings)
-    return Sharded(engine.module, engine)
+    return Sharded(engine.module, engine, settings)
 
 
 def sharded_with_optimizer(base: nn.Module, settings: Settings, optimizer: torch.optim.Optimizer) -> Sharded:
     """A base whose parameters are shards, all of it trained by DeepSpeed. Every rank calls this."""
+    settings = sized(settings, sizes_of(base))
     engine, *_ = start_deepspeed().initialize(model=base, config=settings, optimizer=optimizer)
-    return Sharded(engine.module, engine)
+    return Sharded(engine.module, engine, settings)
 
 
 def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:

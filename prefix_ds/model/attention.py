@@ -211,10 +211,10 @@ def _apart(
     scale: float | None,
     has_kernels: bool,
 ) -> Tensor:
-    query, key, _ = text
+    query, key, value = text
     rows = frozenset(row for row in range(len(query)) if front is not None and front.seen_by(row))
-    nothing = key[0, :, :0].detach()
-    keys_values = (front.key_NPH, front.value_NPH) if front is not None else (nothing, nothing)
+    nothing = key[0, :, :0].detach(), value[0, :, :0].detach()
+    keys_values = (front.key_NPH, front.value_NPH) if front is not None else nothing
     layout = apart.Layout(documents, pattern, rows, query.shape[-1] ** -0.5 if scale is None else scale)
     by_kernel = has_kernels and varlen.is_for(*text, layout)
     attended = varlen.attended if by_kernel else apart.attended

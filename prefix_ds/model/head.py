@@ -21,7 +21,7 @@ from prefix_ds.model.finish import Finish
 from prefix_ds.model.likelihood import summed_nll_behind
 
 Layer = Callable[..., Tensor]
-_Answer = Callable[[Tensor, Layer], Tensor]  # of hidden states [1, M, D] and the output layer
+_Answer = Callable[[Tensor], Tensor]  # what the layer gives for hidden states [1, M, D]
 
 
 class Head:
@@ -29,9 +29,12 @@ class Head:
 
     def __init__(self, layer: nn.Module | None) -> None:
         """Without an output layer, logits are selected afterwards."""
-        self._wanted: tuple[Tensor, _Answer] | None = None
+        self._wanted_M: Tensor | None = None
+        self._loss_of: _Answer | None = None
+        self._chosen_1MD: Tensor | None = None
         self._layer = layer
         if layer is not None:
+            layer.register_forward_pre_hook(self._select, prepend=True)  # before those of ZeRO-3
             self._stock: Layer = layer.forward
             layer.forward = self._forward
 
@@ -51,7 +54,7 @@ class Head:
 
     def logits(self, index_M: Tensor, forward: Callable[[], Tensor]) -> Tensor:
         """The logits [M, V] at these places, out of a forward pass."""
-        logits, is_selected = self._during(forward, index_M, lambda hidden_1MD, layer: layer(hidden_1MD))
+        logits, is_selected = self._during(forward, index_M, None)
         return logits[0] if is_selected else logits.flatten(0, 1).index_select(0, index_M)
 
     def nll(
@@ -63,25 +66,38 @@ class Head:
         """
         found: list[Tensor] = []
 
-        def answer(hidden_1MD: Tensor, layer: Layer) -> Tensor:
-            def logits_of(hidden_CD: Tensor) -> Tensor:
-                return finish(layer(hidden_CD[None]))[0]
+        def logits_of(hidden_CD: Tensor) -> Tensor:
+            return finish(self._stock(hidden_CD[None]))[0]
 
+        def loss_of(hidden_1MD: Tensor) -> Tensor:
             found.append(summed_nll_behind(hidden_1MD[0], ids_M, logits_of, vocab_size))
             return hidden_1MD.new_zeros(1, 1, vocab_size)  # for what the family does to logits
 
-        self._during(forward, index_M, answer)
+        self._during(forward, index_M, loss_of)
         return found[0]
 
-    def _during(self, forward: Callable[[], Tensor], index_M: Tensor, answer: _Answer) -> tuple[Tensor, bool]:
-        self._wanted = index_M, answer
+    def _during(
+        self, forward: Callable[[], Tensor], index_M: Tensor, loss_of: _Answer | None
+    ) -> tuple[Tensor, bool]:
+        self._wanted_M, self._loss_of = index_M, loss_of
         try:
-            return forward(), self._wanted is None
+            return forward(), self._wanted_M is None
         finally:
-            self._wanted = None
+            self._wanted_M = self._loss_of = self._chosen_1MD = None
+
+    def _select(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Where a loss is wanted the hidden states go past the layer's hooks: no gradient passes it."""
+        if self._wanted_M is None or args[0].dim() != 3:
+            return None
+        chosen_1MD = args[0].flatten(0, 1).index_select(0, self._wanted_M)[None]
+        self._wanted_M = None
+        if self._loss_of is None:
+            return chosen_1MD, *args[1:]
+        self._chosen_1MD = chosen_1MD
+        return chosen_1MD.detach(), *args[1:]
 
     def _forward(self, hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if self._wanted is None or hidden.dim() != 3:
+        if self._loss_of is None or self._chosen_1MD is None:
             return self._stock(hidden, *rest, **options)
-        (index_M, answer), self._wanted = self._wanted, None
-        return answer(hidden.flatten(0, 1).index_select(0, index_M)[None], self._stock)
+        chosen_1MD, self._chosen_1MD = self._chosen_1MD, None
+        return self._loss_of(chosen_1MD)

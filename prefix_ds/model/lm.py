@@ -48,13 +48,13 @@ class PrefixLM:
         base: PreTrainedModel,
         *,
         attention: AttentionChoice = "auto",
-        recompute: bool = False,
+        recompute: bool | int = False,
         device: torch.device | None = None,
     ) -> None:
         """Takes the base over: its attention, its dropout (none), its mode (eval). Every rank calls this.
 
-        `device` is where forward passes run, if not where the base's parameters lie. Raises ModelError where
-        the base cannot take a prefix.
+        `device` is where forward passes run, if not where the base's parameters lie; `recompute` is all
+        layers, none, or so many. Raises ModelError where the base cannot take a prefix.
         """
         self.base = base
         self.family = family_of(base)
@@ -65,7 +65,8 @@ class PrefixLM:
         self._positions = positions_of(base)
         self._num_positions = num_learnt(base)
         self._head = Head(base.get_output_embeddings())
-        self._recomputation = Recomputation(base, self._joint.checkpoint_contexts) if recompute else None
+        contexts = self._joint.checkpoint_contexts
+        self._recomputation = Recomputation(base, recompute, contexts) if recompute else None
         self._findings = self._tried()
 
     @property

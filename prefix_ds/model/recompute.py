@@ -24,22 +24,17 @@ Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
 class Recomputation:
-    """The layers of a base that can be computed again (non-reentrant checkpointing)."""
+    """The layers of a base that are computed again (non-reentrant checkpointing)."""
 
-    def __init__(self, base: nn.Module, contexts: Callable[[], Contexts]) -> None:
+    def __init__(self, base: nn.Module, again: bool | int, contexts: Callable[[], Contexts]) -> None:
         """`contexts` surround a layer's forward pass and its recomputation.
 
-        Raises ModelError where no layer can be computed again.
+        Raises ModelError where no layer, or not so many, can be computed again.
         """
-        self._layers = repeatable_layers(base)
-        if not self._layers:
-            raise ModelError(
-                f"model.recompute: true, but {type(base).__name__} has no layers that can be computed again; "
-                "set it to false"
-            )
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        self._layers = repeated_layers(base, again)
+        function = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         for layer in self._layers:
-            layer._gradient_checkpointing_func = again
+            layer._gradient_checkpointing_func = function
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -53,6 +48,21 @@ class Recomputation:
     def _switch(self, on: bool) -> None:
         for layer in self._layers:
             layer.training = layer.gradient_checkpointing = on
+
+
+def repeated_layers(base: nn.Module, again: bool | int) -> list[Any]:
+    """Those that are computed again: all, or so many from below.
+
+    The lowest, as their turn comes when what the others kept is gone: at no moment is one of them rebuilt
+    beside all that is kept. Raises ModelError.
+    """
+    layers = repeatable_layers(base)
+    if len(layers) < again:
+        raise ModelError(
+            f"model.recompute: {str(again).lower()}, but {type(base).__name__} has {len(layers) or 'no'} "
+            f"layers that can be computed again; set it to {'true' if layers else 'false'}"
+        )
+    return layers if again is True else layers[:again]
 
 
 def repeatable_layers(module: nn.Module) -> list[Any]:

@@ -50,13 +50,15 @@ class Trial:
     """A source of prefixes that takes them from the first row, and takes notes."""
 
     def __init__(self, device: torch.device) -> None:
-        before, text, other = torch.arange(3 * _LENGTH, device=device).remainder(_VOCABULARY).view(3, _LENGTH)
-        count = torch.arange(2 * _LENGTH, device=device)
+        before, text, other = torch.arange(3 * _LENGTH).remainder(_VOCABULARY).view(3, _LENGTH)
+        rows = (before, text), (text, other), (other, text)
+        count = torch.arange(2 * _LENGTH)
         again = count.remainder(_LENGTH) + _LENGTH
-        self.ids_BT = torch.stack([torch.cat(row) for row in ((before, text), (text, other), (other, text))])
-        self.positions_BT = torch.stack([count, again, again])
-        self.text_index_M = torch.cat([count[:_LENGTH] + start for start in (4, 8, 20)])
-        self.documents = documents_of(self.positions_BT)
+        positions_BT = torch.stack([count, again, again])
+        self.documents = documents_of(positions_BT)
+        self.positions_BT = positions_BT.to(device)
+        self.ids_BT = torch.stack([torch.cat(row) for row in rows]).to(device)
+        self.text_index_M = torch.cat([count[:_LENGTH] + start for start in (4, 8, 20)]).to(device)
         self.slots: list[Slot] = []
         self._dtypes: set[torch.dtype] = set()
 

@@ -11,7 +11,8 @@ all that the kernel does not take: float32, large heads, keys and values of two 
 Knows nothing of modules, and of masks no more than their pattern.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -19,13 +20,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import varlen
 
 from prefix_ds.data.batch import Document
 from prefix_ds.model.apart import Layout
 
 _LARGEST_HEAD = 256
 _TYPES = (torch.bfloat16, torch.float16)
+_DEVICES = {"cuda"}
+
+
+@contextmanager
+def kernels_as_on(device_type: str) -> Iterator[None]:
+    """Tensors on the meta device, which stand for others, go the way that those on such a device go."""
+    if device_type in _DEVICES:
+        _DEVICES.add("meta")
+    try:
+        yield
+    finally:
+        _DEVICES.discard("meta")
 
 
 def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
@@ -33,8 +46,8 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     longest = max((document.length for document in layout.documents), default=0)
     sees_all = layout.pattern.window is None or longest <= layout.pattern.window
     sizes = {tensor.shape[-1] for tensor in (query, key, value)}
-    is_known = query.is_cuda and query.dtype in _TYPES and len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD
-    return is_known and sees_all and longest > 0
+    is_small = len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD
+    return query.device.type in _DEVICES and query.dtype in _TYPES and is_small and sees_all and longest > 0
 
 
 def attended(
@@ -49,7 +62,7 @@ def attended(
         torch.cat([before.transpose(0, 1), _flat(text)]).index_select(0, course.keys)
         for before, text in zip(front, (key_BKTH, value_BKTH), strict=True)
     )
-    seen_QNH: Any = varlen_attn(
+    seen_QNH: Any = varlen.varlen_attn(
         _flat(query_BNTH).index_select(0, course.queries),
         key_SKH,
         value_SKH,

@@ -17,14 +17,14 @@ from prefix_ds.config import RunConfig
 from prefix_ds.devices import Device, device_named
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.initial import chosen_slots
-from prefix_ds.plan.advice import changed, warnings, ways
+from prefix_ds.plan.advice import changed, least_recomputed, recomputed, warnings, ways
 from prefix_ds.plan.base import bare_base, prefix_length
 from prefix_ds.plan.estimate import Estimate, Job, check_job, estimate, step_of
 from prefix_ds.plan.rehearsal import Rehearsal, Shape, between, rehearsed
 from prefix_ds.plan.report import Plan, as_data, show
 from prefix_ds.prefix import Slot
 
-__all__ = ["Device", "Job", "device_named", "estimator", "plan"]
+__all__ = ["Device", "Job", "device_named", "estimator", "least_recomputed", "plan", "recomputed"]
 
 
 def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_json: bool = False) -> None:
@@ -32,8 +32,12 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
     check_job(job)
     length = prefix_length(config)
     estimated = estimator(device, length)
-    other = f"model.recompute={str(not config.model.recompute).lower()}"
-    variants: list[tuple[str, ...]] = [(), (other,)]
+    notes = []
+    if config.model.recompute == "auto":
+        choice = least_recomputed(config, job, device, estimated)
+        config, notes = recomputed(config, choice.again), [choice.line()]
+    other = "true" if config.model.recompute is False else "false"
+    variants: list[tuple[str, ...]] = [(), (f"model.recompute={other}",)]
     columns = {words: estimated(changed(config, words), job) for words in variants}
     made = Plan(
         config,
@@ -42,7 +46,7 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
         step_of(config, job, length),
         columns,
         ways(config, job, device, estimated),
-        list(warnings(config, job, device, columns[()])),
+        [*notes, *warnings(config, job, device, columns[()])],
     )
     if as_json:
         console.print_json(data=as_data(made))

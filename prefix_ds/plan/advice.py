@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from prefix_ds.config import RunConfig
 from prefix_ds.devices import Device
+from prefix_ds.plan.choice import Choice, chosen
 from prefix_ds.plan.estimate import Estimate, Job
 
 _MOST_DEVICES = 4096
@@ -30,17 +31,20 @@ class Way:
 def ways(config: RunConfig, job: Job, device: Device, estimated: Estimated) -> list[Way]:
     """The run as it is, and what would make it smaller."""
     return [
-        _way(changed(config, overrides), overrides, job, device, estimated) for overrides in _changes(config)
+        _way(changed(config, overrides), overrides, job, device, estimated)
+        for overrides in _changes(config, least_recomputed(config, job, device, estimated).again)
     ]
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, ...]]:
+def _changes(config: RunConfig, least: bool | int) -> Iterator[tuple[str, ...]]:
     yield ()
-    recompute = () if config.model.recompute else ("model.recompute=true",)
+    recompute = () if config.model.recompute is True else ("model.recompute=true",)
     eight = ("model.bits=8",) if config.model.bits == 16 and config.train.method == "prefix" else ()
     offload = ("engine.deepspeed=zero3_offload",) if config.engine.deepspeed == "zero3" else ()
     if recompute:
         yield recompute
+        if not isinstance(least, bool) and least != config.model.recompute:
+            yield (f"model.recompute={least}",)
     if eight:
         yield (*recompute, *eight)
     if offload:
@@ -52,10 +56,23 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         path, _, value = override.partition("=")
         section, _, key = path.partition(".")
-        typed: object = {"true": True, "false": False, "8": 8}.get(value, value)
+        typed: object = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
         part = getattr(config, section).model_copy(update={key: typed})
         config = config.model_copy(update={section: part})
     return config
+
+
+def recomputed(config: RunConfig, again: bool | int) -> RunConfig:
+    """The configuration with so many layers computed again."""
+    return changed(config, [f"model.recompute={str(again).lower()}"])
+
+
+def least_recomputed(
+    config: RunConfig, job: Job, device: Device, estimated: Estimated, had: bool | int | None = None
+) -> Choice:
+    """What `model.recompute: auto` comes to on a device; what it came to before is kept if it fits."""
+    limit = round(device.memory_gib * 2**30)
+    return chosen(lambda again: estimated(recomputed(config, again), job), limit, had)
 
 
 def _way(

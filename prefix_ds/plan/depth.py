@@ -8,7 +8,7 @@ rehearsed whole.
 Knows nothing of what marks are for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
@@ -44,8 +44,11 @@ class Stack:
         return f"{self.name}.{layer}" + (f".{rest}" if rest else "")
 
 
-def shortened(base: nn.Module) -> Stack | None:
-    """Takes layers that are like others out of a base. None: nothing was done."""
+def shortened(base: nn.Module, again: Collection[nn.Module]) -> Stack | None:
+    """Takes layers that are like others out of a base; those that are computed again are like each other.
+
+    None: nothing was done.
+    """
     repeatable = set(repeatable_layers(base))
     lists = [
         (name, module)
@@ -55,7 +58,7 @@ def shortened(base: nn.Module) -> Stack | None:
     if len(lists) != 1 or len(lists[0][1]) <= _FEW:
         return None
     name, layers = lists[0]
-    kinds = [None, *map(_kind, list(layers)[1:])]
+    kinds = [None, *((_kind(layer), layer in again) for layer in list(layers)[1:])]
     kept = tuple(dict.fromkeys(map(kinds.index, kinds)))
     base.set_submodule(name, nn.ModuleList([layers[n] for n in kept]))
     return Stack(name, kept, tuple(kept.index(kinds.index(kind)) for kind in kinds))

@@ -14,6 +14,8 @@ from typing import Any
 
 from prefix_ds.config import RunConfig
 from prefix_ds.devices import Device
+from prefix_ds.engine.settings import Settings
+from prefix_ds.engine.sizing import sized
 from prefix_ds.errors import ConfigError
 from prefix_ds.plan.gathering import Gathering, Policy, gathering
 from prefix_ds.plan.rehearsal import Course, Rehearsal, Shape, Weights
@@ -70,6 +72,7 @@ class Estimate:
     flops: int
     seconds: Mapping[str, float]  # by what would take them
     tokens: int  # of all devices
+    num_layers: int  # that can be computed again
 
     @property
     def total_bytes(self) -> int:
@@ -88,18 +91,17 @@ class Estimate:
 
 
 def step_of(config: RunConfig, job: Job, prefix_length: int) -> Step:
-    """What the device with the most work runs in a step."""
-    data, train = config.data, config.train
-    tokens = min(job.example_tokens, data.max_length)
+    """What the device with the most work runs in a step: its examples, spread over as few micro-batches as
+    hold them. Each attends by itself, so that it costs the same in a row of its own and in a packed one."""
+    train = config.train
+    tokens = min(job.example_tokens, config.data.max_length)
     examples = -(-train.global_batch_size // job.num_devices)
-    mine = examples * tokens
-    length = min(data.max_length, mine) if data.packing else tokens
-    rows = -(-mine // length)
-    most = max(1, train.micro_batch_tokens // length)
-    at_once = min(rows, most)
-    targets = max(1, round(at_once * length * job.target_part))
-    shape = Shape(at_once, length, targets, prefix_length)
-    return Step(shape, -(-rows // at_once), train.global_batch_size * tokens, most)
+    most = max(1, train.micro_batch_tokens // tokens)
+    micro_batches = -(-examples // most)
+    at_once = -(-examples // micro_batches)
+    targets = max(1, round(at_once * tokens * job.target_part))
+    shape = Shape(at_once, tokens, targets, prefix_length)
+    return Step(shape, micro_batches, train.global_batch_size * tokens, most)
 
 
 def policy_of(settings: Mapping[str, Any], device: Device) -> Policy:
@@ -115,9 +117,10 @@ def policy_of(settings: Mapping[str, Any], device: Device) -> Policy:
 
 
 def estimate(
-    seen: Rehearsal, step: Step, config: RunConfig, settings: Mapping[str, Any], job: Job, device: Device
+    seen: Rehearsal, step: Step, config: RunConfig, settings: Settings, job: Job, device: Device
 ) -> Estimate:
     """One device in one step."""
+    settings = sized(settings, seen.sizes)
     is_full, num_ranks, count = config.train.method != "prefix", job.num_devices, step.micro_batches
     offload = (settings["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     policy = policy_of(settings, device)
@@ -137,7 +140,7 @@ def estimate(
         calls=gathered.num_calls * count,
     )
     flops, seconds = seen.flops * count, _times(seen, count, traffic, job, device)
-    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens)
+    return Estimate(memory, on_host, traffic, flops, seconds, step.tokens, len(seen.sizes.layers))
 
 
 def _times(seen: Rehearsal, count: int, traffic: Traffic, job: Job, device: Device) -> dict[str, float]:

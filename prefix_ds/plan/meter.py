@@ -3,9 +3,9 @@
 Every operation of a forward and a backward pass goes through a dispatch mode. A storage that is new is alive
 from then on until Python and autograd have let go of it, exactly as on a real device, so what a layer saves
 for its backward pass, what recomputation gives back and what a long expression holds in between are not
-modelled but observed. Attention is the one operation that differs: on the meta device torch would write all
-scores down, where the kernels of real devices keep one number a query. It is replaced by a function that
-allocates what those kernels do (Dao et al. 2022).
+modelled but observed. Attention in torch's kernels is the one operation that differs: on the meta device
+torch would write all scores down, where the kernels of real devices keep one number a query. It is replaced
+by a function that allocates what those kernels do (Dao et al. 2022).
 
 Knows nothing of models.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -92,12 +93,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def fused_attention(meter: Meter, device_type: str) -> Iterator[None]:
-    """Inside, scaled dot product attention is a kernel that keeps no scores.
+    """Inside, attention in torch's kernels keeps no scores.
 
     On a CPU such kernels want keys and values of one size; others are left to torch, which writes scores
     down.
     """
-    stock = functional.scaled_dot_product_attention
+    stock, of_several_lengths = functional.scaled_dot_product_attention, varlen.varlen_attn
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
@@ -109,11 +110,22 @@ def fused_attention(meter: Meter, device_type: str) -> Iterator[None]:
         result: Tensor = _Fused.apply(query, key, value, bias, meter)  # type: ignore[no-untyped-call]
         return result
 
+    def attend_documents(
+        query_QNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, borders: Tensor, *_: Any, **options: Any
+    ) -> Tensor:
+        count = len(borders) - 1
+        if len(query_QNH) % count or len(key_SKH) % count:
+            return torch.empty_like(query_QNH)  # a trial's; a rehearsal's are of one length
+        one = (t.unflatten(0, (count, -1)).transpose(1, 2) for t in (query_QNH, key_SKH, value_SKH))  # type: ignore[no-untyped-call]
+        result: Tensor = _Fused.apply(*one, None, meter)  # type: ignore[no-untyped-call]
+        return result.transpose(1, 2).flatten(0, 1)
+
     functional.scaled_dot_product_attention = attend
+    varlen.varlen_attn = attend_documents  # type: ignore[assignment]
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = stock
+        functional.scaled_dot_product_attention, varlen.varlen_attn = stock, of_several_lengths
 
 
 class _Fused(torch.autograd.Function):

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from prefix_ds.config import ModelKeys
 from prefix_ds.data.batch import Batch, Document
+from prefix_ds.engine.sizing import Sizes, sizes_of
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.recompute import repeatable_layers, repeated_layers
+from prefix_ds.model.varlen import kernels_as_on
 from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
 from prefix_ds.plan.experts import balance_experts
 from prefix_ds.plan.marks import Alive, Mark, Moment
@@ -75,6 +78,7 @@ class Rehearsal:
     highest: tuple[Alive, ...]  # from each moment to the next
     flops: int  # of both passes
     slots: tuple[Slot, ...]  # that have a prefix
+    sizes: Sizes
 
 
 Chosen = Callable[[tuple[Slot, ...]], tuple[Slot, ...]]
@@ -96,9 +100,13 @@ def rehearsed(
         for name, module in _hooked(base)
     }
     buffer_bytes = sum(b.numel() * b.element_size() for b in base.buffers())
-    stack = shortened(base) if chosen is None else None
+    sizes = sizes_of(base)
+    assert keys.recompute != "auto"
+    again = set(repeated_layers(base, keys.recompute))
+    stack = shortened(base, again) if chosen is None else None
+    kept = keys.model_copy(update={"recompute": len(again.intersection(repeatable_layers(base)))})
     try:
-        marks, slots = _performed(base, keys, shape, device_type, chosen)
+        marks, slots = _performed(base, kept, shape, device_type, chosen)
         if stack is not None:
             marks, slots = laid_out(marks, stack), _all_slots(slots, stack)
     except (IrregularError, ModelError):
@@ -111,6 +119,7 @@ def rehearsed(
         tuple(mark.highest for mark in marks),
         sum(mark.flops for mark in marks),
         slots,
+        sizes,
     )
 
 
@@ -151,12 +160,19 @@ def _performed(
     weights = list(base.parameters())
     meter = Meter([*weights, *base.buffers()], base.config.get_text_config(decoder=True).vocab_size)
     balance_experts(base)
-    with _told_by(base), meter, tiles_as_on(device_type), fused_attention(meter, device_type):
+    with _told_by(base), meter, _as_on(device_type, meter):
+        assert keys.recompute != "auto"
         lm = PrefixLM(base, attention=keys.attention, recompute=keys.recompute, device=torch.device("meta"))
         slots = chosen(lm.slots) if chosen else lm.slots
         notes = _Notes(base, meter)
         _run(lm, shape, slots, weights)
         return notes.marks(), slots
+
+
+@contextmanager
+def _as_on(device_type: str, meter: Meter) -> Iterator[None]:
+    with tiles_as_on(device_type), kernels_as_on(device_type), fused_attention(meter, device_type):
+        yield
 
 
 @contextmanager
