@@ -8,13 +8,19 @@ import gc
 from pathlib import Path
 
 MIB = 2**20
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # glibc's mallopt
 
 
 def settle():
     """From now on glibc keeps nothing of what is freed."""
     ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 65536)
     ctypes.CDLL("libc.so.6").mallopt(_ARENA_MAX, 1)
+
+
+def relax():
+    """From now on glibc keeps what it comes to keep by itself in a process that frees large blocks."""
+    ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 32 * MIB)
+    ctypes.CDLL("libc.so.6").mallopt(_TRIM_THRESHOLD, 64 * MIB)
 
 
 def resident():

@@ -21,7 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+from tests.benchmarks.made import DATA, rows
+
 BASE = """
 model:
   dtype: bfloat16
@@ -83,10 +84,6 @@ def write_corpus(path):
     documents += [f"{row['dialogue']}\nTL;DR: {row['summary']}" for row in rows("dialogsum/train.jsonl")]
     chance.shuffle(documents)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-
-
-def rows(name):
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
 def tuned(path, runs):

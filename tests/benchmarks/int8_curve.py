@@ -26,7 +26,8 @@ from prefix_ds.engine.sharding import sharded
 from prefix_ds.loading import load_base, load_tokenizer
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import random_table
-from tests.benchmarks.e2e import rows, train, valid_losses
+from tests.benchmarks.e2e import train, valid_losses
+from tests.benchmarks.made import rows
 from tests.laws import whole_batch
 from tests.ranks import on_ranks
 
