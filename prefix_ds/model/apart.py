@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from prefix_ds.data.batch import Document
+from prefix_ds.model.attending import attending
 from prefix_ds.model.masks import Causal
 
 _BLOCK = 128  # queries at a time, fewer where their scores would be too many
@@ -67,6 +68,7 @@ class _Attended(torch.autograd.Function):
         return seen_BTNV  # type: ignore[no-any-return]
 
     @staticmethod
+    @attending()
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         tensors, with_text = ctx.saved_tensors, any(ctx.needs_input_grad[:3])
         totals = [*(_zeros_like(t) for t in tensors[:3]), *(_zeros_like(t, _wide(t)) for t in tensors[3:])]

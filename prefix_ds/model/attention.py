@@ -40,6 +40,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from prefix_ds.data.batch import Document
 from prefix_ds.model import apart, varlen
+from prefix_ds.model.attending import attending
 from prefix_ds.model.masks import Causal, LazyMask, Rule, lazy_eager_mask, lazy_sdpa_mask
 
 # The names decide: transformers looks for "sdpa", "flash" and "paged|" inside them.
@@ -159,6 +160,7 @@ def _numbers(documents: Documents, num_rows: int, length: int) -> Tensor:
 
 
 def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attention:
+    @attending()
     def attend(
         module: nn.Module,
         query: Tensor,

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from prefix_ds.data.batch import Share
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.attending import is_attending
 from prefix_ds.model.base import text_config
 from prefix_ds.model.trial import NUM_TARGETS, NUM_TOKENS
 from prefix_ds.prefix import Slot
@@ -35,7 +36,7 @@ _STOCK = {f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations of products inside. Attention's own kernels are left out."""
+    """Counts the operations of products inside, attention's left out."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -47,6 +48,8 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What torch asks of every operation."""
         result = func(*args, **(kwargs or {}))
         name = str(func._overloadpacket)
+        if is_attending():
+            return result
         if name in _STOCK:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         elif name == "aten._grouped_mm":  # each row with the weight of its group
