@@ -433,7 +433,7 @@ def test_all_weights_and_new_bases(run_file, tmp_path, capsys):
 
 
 def test_examples_are_spread_over_as_few_micro_batches_as_hold_them():
-    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 512}\ntrain: {micro_batch_tokens: 500}"
+    text = "model: {name: x}\nprefix: {text: x}\ndata: {max_length: 500}\ntrain: {micro_batch_tokens: 500}"
     step = step_of(parse_config(text), Job(1, 4, example_tokens=100, target_part=0.5), 8)
     assert (step.shape, step.micro_batches) == (Shape(4, 100, 200, 8), 4)
     assert step.most_rows == 5
