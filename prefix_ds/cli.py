@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from prefix_ds.dist import end_process, rank_of_environment
 from prefix_ds.errors import (
     EXIT_BUG,
+    EXIT_DONE,
     EXIT_PEER,
     EXIT_STOPPED,
     EXIT_USER,
@@ -203,29 +204,30 @@ def _garbage_kept() -> Iterator[None]:
 
 def main() -> None:
     """Runs a command and ends the process with the exit code that says how it went."""
+    end_process(_exit_code())
+
+
+def _exit_code() -> int:
     try:
         app()
+    except SystemExit as ended:  # by the command line itself
+        return ended.code if isinstance(ended.code, int) else EXIT_DONE
     except PrefixError as error:
         _say(f"error: {error}")
-        end_process(EXIT_USER)
-    except OSError as error:
-        if error.errno not in _NAMES_NO_FILE_CAN_HAVE:
-            _end_by_a_bug()
-        _say(f"error: {printable(str(error.filename))}: {error.strerror}")
-        end_process(EXIT_USER)
+        return EXIT_USER
     except Stopped as stopped:
         _say(str(stopped))
-        end_process(EXIT_STOPPED)
+        return EXIT_STOPPED
     except PeerLost as lost:
         print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
-        end_process(EXIT_PEER)
-    except Exception:
-        _end_by_a_bug()
-
-
-def _end_by_a_bug() -> NoReturn:
-    traceback.print_exc()
-    end_process(EXIT_BUG)
+        return EXIT_PEER
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno not in _NAMES_NO_FILE_CAN_HAVE:
+            traceback.print_exc()
+            return EXIT_BUG
+        _say(f"error: {printable(str(error.filename))}: {error.strerror}")
+        return EXIT_USER
+    return EXIT_DONE
 
 
 def _say(line: str) -> None:
