@@ -210,8 +210,11 @@ def main() -> None:
 def _exit_code() -> int:
     try:
         app()
-    except SystemExit as ended:  # by the command line itself
-        return ended.code if isinstance(ended.code, int) else EXIT_DONE
+    except SystemExit as ended:  # by the command line itself, or a library with something to say
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or EXIT_DONE
+        print(ended.code, file=sys.stderr)  # noqa: T201
+        return EXIT_BUG
     except PrefixError as error:
         _say(f"error: {error}")
         return EXIT_USER

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor
 
 from prefix_ds.data.batch import Batch, Share
 
@@ -91,16 +90,11 @@ class _Copies:
         with torch.cuda.stream(self._stream):
             there = tuple(pinned(batch).to(self._device) for batch in share.micro_batches)
         self._stream.synchronize()
-        for tensor in (t for batch in there for t in _tensors(batch).values()):
+        for tensor in (t for batch in there for t in batch.tensors().values()):
             tensor.record_stream(self._user)  # or the next copy takes its memory before it is read
         return replace(share, micro_batches=there)
 
 
 def pinned(batch: Batch) -> Batch:
     """The batch in memory that a GPU can read while the host goes on."""
-    there: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(batch).items()}
-    return replace(batch, **there)
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return batch.with_each(torch.Tensor.pin_memory)

@@ -9,7 +9,9 @@ Knows nothing of models, files or ranks.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -50,13 +52,16 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return replace(
-            self,
-            **{
-                name: getattr(self, name).to(device, non_blocking=True)
-                for name in ("ids_BT", "positions_BT", "target_index_M", "target_ids_M")
-            },
-        )
+        return self.with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with each of its tensors changed."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ and what is behind a window too. Nothing of it is kept: the backward pass comput
 queries and keys, as the kernels of GPUs do (Dao et al. 2022).
 
 Rejected for CPUs: torch's own such kernels for the text, and the prefix's part put to it by the logarithms of
-the sums. For documents of some hundred tokens that takes half as long again to three times as long
-(docs/performance.md), and they want keys and values of one size.
+the sums. For documents of some hundred tokens that is slower (docs/choices.md), and they want keys and values
+of one size.
 
 Below the first layer with a prefix nothing has a gradient; there only the prefix's is wanted. Heads of
 queries that share a key are a group, and the key is not copied for them.

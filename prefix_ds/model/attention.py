@@ -176,13 +176,13 @@ def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attenti
             return own(module, *text, mask, *rest, **options)
         front, indices = joint.front(name, key, value), options.pop("indices", None)
         if joint.documents is not None and indices is None and _is_ours(mask, options):
+            rule, scale = mask.rule, options.get("scaling")
+            if rule.pattern is not None and own is sdpa_attention_forward and _is_plain(rest, options):
+                return _apart(text, rule.pattern, front, joint.documents, scale, joint.has_kernels), None
 
             def alone(*piece: Tensor) -> Tensor:
                 return own(module, *piece, *rest, **options)[0]
 
-            rule, scale = mask.rule, options.get("scaling")
-            if rule.pattern is not None and own is sdpa_attention_forward and _is_plain(rest, options):
-                return _apart(text, rule.pattern, front, joint.documents, scale, joint.has_kernels), None
             return _one_by_one(alone, text, rule, front, joint.documents), None
         joint.attended_whole |= joint.documents is not None
         whole = mask.rule.whole() if isinstance(mask, LazyMask) else mask
