@@ -326,7 +326,7 @@ def test_the_pattern_of_a_rule_is_known_or_is_told_to_be_unknown(rule: Any, patt
 def test_the_loss_in_chunks_is_the_plain_one(
     chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(likelihood._CHUNK_NUMBERS, "cpu", chunk)
+    monkeypatch.setitem(likelihood._BLOCK_NUMBERS, "cpu", chunk)
     logits, targets = torch.randn(9, 33).mul(4).to(dtype).requires_grad_(), torch.arange(9)
     wide = logits.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     ours, plain = (
@@ -355,7 +355,7 @@ def test_a_batch_without_targets_runs_through_all_layers_and_gives_zeros(llama: 
 def test_only_targets_reach_the_output_layer_some_at_a_time(
     num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(likelihood._CHUNK_NUMBERS, "cpu", num_rows * 100)
+    monkeypatch.setitem(likelihood._CHUNK_BYTES, "cpu", num_rows * 100 * 8)
     lm, shapes = PrefixLM(tiny("llama")), []
     layer = lm._head._stock
     monkeypatch.setattr(lm._head, "_stock", lambda h: (shapes.append(tuple(h.shape[:2])), layer(h))[1])
@@ -368,11 +368,13 @@ def test_only_targets_reach_the_output_layer_some_at_a_time(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "bart", "gpt2"])
-@pytest.mark.parametrize("chunk", [100, 10**9])
+@pytest.mark.parametrize("chunk", [100, 3000, 10**9])
+@pytest.mark.parametrize("block", [1, 10**9])
 def test_a_loss_within_the_output_layer_is_that_of_its_logits(
-    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    family: str, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(likelihood._CHUNK_NUMBERS, "cpu", chunk)
+    monkeypatch.setitem(likelihood._CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setitem(likelihood._BLOCK_NUMBERS, "cpu", block)
     lm = PrefixLM(tiny(family))
     batch, table_PD = batch_of([tokens(9), tokens(4, seed=1)]), noisy_table(lm)
     assert lm._findings.finish is not None
