@@ -67,7 +67,7 @@ class Head:
         found: list[Tensor] = []
 
         def logits_of(hidden_CD: Tensor) -> Tensor:
-            return finish(self._stock(hidden_CD[None]))[0]
+            return finish(self._stock(hidden_CD[None]))
 
         def loss_of(hidden_1MD: Tensor) -> Tensor:
             found.append(summed_nll_behind(hidden_1MD[0], ids_M, logits_of, vocab_size))

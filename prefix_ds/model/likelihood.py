@@ -23,7 +23,7 @@ from torch import Tensor
 _BLOCK_NUMBERS = {"cpu": 2**20, "meta": 2**26, "cuda": 2**26}  # float32: 4 MiB, 256 MiB
 _CHUNK_BYTES = {"cpu": 2**25 - 2**12, "meta": 2**27, "cuda": 2**27}  # of logits
 
-LogitsOf = Callable[[Tensor], Tensor]
+LogitsOf = Callable[[Tensor], Tensor]  # [1, C, V] of hidden states [C, D], and no view of anything
 
 
 def summed_nll(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ class _SummedNLLBehind(torch.autograd.Function):
         for part_CD, ids_C in _chunks(hidden_MD, ids_M, vocab_size):
             hidden_CD = part_CD.detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
-                logits_CV = logits_of(hidden_CD)
-            total += _turned_into_gradient(logits_CV.detach(), ids_C, wanted)
+                logits_1CV = logits_of(hidden_CD)
+            total += _turned_into_gradient(logits_1CV.detach()[0], ids_C, wanted)
             if wanted:
-                grads += torch.autograd.grad(logits_CV, hidden_CD, logits_CV.detach())
+                grads += torch.autograd.grad(logits_1CV, hidden_CD, logits_1CV.detach())
         ctx.save_for_backward(*([torch.cat(grads)] if grads else []))
         return total
 
