@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
 
-from prefix_ds.data.batch import Batch, documents_of
+from prefix_ds.data.batch import Batch, Document, documents_of
 from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM, apart, attention, likelihood, varlen
 from prefix_ds.model.attention import widened
@@ -238,6 +238,39 @@ def test_packed_rows_are_attended_without_a_mask_of_theirs(
     assert made_whole == []
     assert len(layouts) == by_ours
     assert all(layout.pattern == Causal(4 if family == "mistral" else None) for layout in layouts)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    ("block", "cached", "most"), [(128, 2**20, 2**24), (3, 2**20, 2**24), (2, 1, 2**24), (8, 2**20, 1)]
+)
+def test_attention_in_pieces_is_that_of_whole_documents(
+    window: int | None, block: int, cached: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"_BLOCK": block, "_CACHED_SCORES": cached, "_MOST_SCORES": most}.items():
+        monkeypatch.setattr(apart, name, value)
+    documents, rows = (Document(0, 0, 9), Document(1, 0, 4), Document(1, 4, 11)), frozenset([1])
+    text = [torch.randn(2, heads, 12, 5, dtype=torch.float64).requires_grad_() for heads in (6, 3, 3)]
+    front = [torch.randn(3, 2, 5, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    layout = apart.Layout(documents, Causal(window), rows, 0.3)
+    seen_BTNV = apart.attended(text[0], text[1], text[2], (front[0], front[1]), layout)
+    plain_BTNV = torch.zeros_like(seen_BTNV)
+    for document in documents:
+        places = slice(document.start, document.stop)
+        query, key, value = (t[document.row, :, places] for t in text)
+        if document.row in rows:
+            key, value = torch.cat([front[0], key], 1), torch.cat([front[1], value], 1)
+        shown = layout.pattern.seen(document.length, document.length, torch.device("cpu"))
+        shown = torch.nn.functional.pad(shown, (key.shape[1] - document.length, 0), value=True)
+        score = 0.3 * query @ key.repeat_interleave(2, 0).mT
+        probability = score.masked_fill(~shown, float("-inf")).softmax(-1)
+        plain_BTNV[document.row, places] = (probability @ value.repeat_interleave(2, 0)).transpose(0, 1)
+    assert distance(seen_BTNV, plain_BTNV) < EXACT
+    weight = torch.randn_like(seen_BTNV)
+    for ours, plain in zip(
+        *(torch.autograd.grad(s, [*text, *front], weight) for s in (seen_BTNV, plain_BTNV)), strict=True
+    ):
+        assert distance(ours, plain) < EXACT
 
 
 def test_a_model_that_reads_its_mask_gets_one(made_whole: list[None]) -> None:

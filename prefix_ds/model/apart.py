@@ -3,8 +3,9 @@
 A row so costs the sum of its documents' squares, and there is no mask of the row. A document's queries are
 taken some at a time, with the keys up to the last of them: a product with the keys of prefix and text, scores
 in float32, a softmax, a product with the values. Half of a document's square, which is hidden, is left out,
-and what is behind a window too. Nothing of it is kept: the backward pass computes the scores again from
-queries and keys, as the kernels of GPUs do (Dao et al. 2022).
+and what is behind a window too. Heads are taken so few at a time that their scores stay in the cache. Nothing
+of it is kept: the backward pass computes the scores again from queries and keys, as the kernels of GPUs do
+(Dao et al. 2022). Its sums over queries are float32.
 
 Rejected for CPUs: torch's own such kernels for the text, and the prefix's part put to it by the logarithms of
 the sums. For documents of some hundred tokens that is slower (docs/choices.md), and they want keys and values
@@ -28,8 +29,9 @@ from prefix_ds.data.batch import Document
 from prefix_ds.model.attending import attending
 from prefix_ds.model.masks import Causal
 
-_BLOCK = 128  # queries at a time, fewer where their scores would be too many
-_MOST_SCORES = 2**24  # 64 MiB in float32
+_BLOCK = 128  # queries at a time, fewer where the scores of a single head would be too many
+_CACHED_SCORES = 2**20  # 4 MiB in float32, of a CPU's thread
+_MOST_SCORES = 2**24
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class _Attended(torch.autograd.Function):
         seen_BTNV = query_BNTH.new_zeros(num_rows, length, num_heads, value_BKTV.shape[-1])
         for document in ctx.layout.documents:
             text = _Text.of(document, tensors, ctx.layout)
-            _see(text, ctx.layout, _of_document(seen_BTNV.transpose(1, 2), document, text))
+            seen_KGTV = _of_document(seen_BTNV.transpose(1, 2), document, text)
+            for heads in _heads(text):
+                _see(text.only(heads), ctx.layout, seen_KGTV[heads])
         ctx.save_for_backward(*tensors)
         return seen_BTNV  # type: ignore[no-any-return]
 
@@ -74,8 +78,9 @@ class _Attended(torch.autograd.Function):
         totals = [*(_zeros_like(t) for t in tensors[:3]), *(_zeros_like(t, _wide(t)) for t in tensors[3:])]
         for document in ctx.layout.documents:
             text, into = (_Text.of(document, each, ctx.layout) for each in (tensors, totals))
-            grad = _of_document(grads[0].transpose(1, 2), document, text)
-            _unsee(text, ctx.layout, grad, into, with_text)
+            grad_KGTV = _of_document(grads[0].transpose(1, 2), document, text)
+            for heads in _heads(text):
+                _unsee(text.only(heads), ctx.layout, grad_KGTV[heads], into.only(heads), with_text)
         each = zip(totals, tensors, ctx.needs_input_grad, strict=False)
         return *(total.to(tensor.dtype) if wanted else None for total, tensor, wanted in each), None
 
@@ -97,6 +102,15 @@ class _Text(NamedTuple):
         seen = slice(None if document.row in layout.rows_with_front else 0)
         return _Text(_grouped(query, len(key)), key, value, *(t[:, seen] for t in tensors[3:]))
 
+    def only(self, heads: slice) -> "_Text":
+        """The same of some heads of keys."""
+        return _Text(*(tensor[heads] for tensor in self))
+
+    @property
+    def front(self) -> int:
+        """How long the prefix in front of it is."""
+        return self.front_key_KPH.shape[1]
+
 
 class _Piece(NamedTuple):
     """Some queries of a document, and the keys they may see: none of the text's before `since`."""
@@ -108,10 +122,29 @@ class _Piece(NamedTuple):
         """Of the prefix and of the text."""
         return torch.cat([front_KPX, text_KTX[:, self.since : self.queries.stop]], dim=1)
 
+    def add(self, sums_KSX: Tensor, more_KCX: Tensor, front: int) -> None:
+        """To the sums over all keys, prefix and text, those over these."""
+        if not self.since:
+            sums_KSX[:, : more_KCX.shape[1]] += more_KCX
+            return
+        sums_KSX[:, :front] += more_KCX[:, :front]
+        sums_KSX[:, front + self.since : front + self.queries.stop] += more_KCX[:, front:]
+
+
+def _heads(text: _Text) -> Iterator[slice]:
+    """Heads of keys; on a CPU so many at a time that the scores of their queries stay in the cache."""
+    num_keys, group, length, _ = text.query_KGTH.shape
+    most, threads = num_keys, torch.get_num_threads()
+    if text.query_KGTH.device.type == "cpu":
+        a_thread = _CACHED_SCORES // (group * min(_BLOCK, length) * (length + text.front))
+        most = threads * max(1, a_thread)
+    for first in range(0, num_keys, most):
+        yield slice(first, first + most)
+
 
 def _pieces(text: _Text, layout: Layout) -> Iterator[_Piece]:
     length, window = text.query_KGTH.shape[2], layout.pattern.window
-    num_keys = min(length, window or length) + text.front_key_KPH.shape[1]
+    num_keys = min(length, window or length) + text.front
     block = max(1, min(_BLOCK, _MOST_SCORES // (text.query_KGTH.shape[:2].numel() * num_keys)))
     for first in range(0, length, block):
         since = 0 if window is None else max(0, first - window + 1)
@@ -128,22 +161,28 @@ def _see(text: _Text, layout: Layout, into_KGTV: Tensor) -> None:
 
 def _unsee(text: _Text, layout: Layout, grad_KGTV: Tensor, into: _Text, with_text: bool) -> None:
     """The gradients of a document, added to what is there."""
+    to_keys_KSH, to_values_KSV = _no_sums(text.key_KTH, text.front), _no_sums(text.value_KTV, text.front)
     for piece in _pieces(text, layout):
         query_KQH, key_KCH, probability_KQC = _probabilities(text, piece, layout)
         value_KCV = piece.keys(text.front_value_KPV, text.value_KTV)
         grad_KQV = grad_KGTV[:, :, piece.queries].reshape(*query_KQH.shape[:2], -1)
         to_score = _to_score(torch.bmm(grad_KQV, value_KCV.mT), probability_KQC)
         to_score = to_score.mul_(layout.scale).to(query_KQH.dtype)
-        to_key = torch.bmm(to_score.mT, query_KQH)
-        to_value = torch.bmm(probability_KQC.to(grad_KQV.dtype).mT, grad_KQV)
-        length, keys = text.front_key_KPH.shape[1], slice(piece.since, piece.queries.stop)
-        into.front_key_KPH.add_(to_key[:, :length])
-        into.front_value_KPV.add_(to_value[:, :length])
+        piece.add(to_keys_KSH, torch.bmm(to_score.mT, query_KQH), text.front)
+        piece.add(to_values_KSV, torch.bmm(probability_KQC.to(grad_KQV.dtype).mT, grad_KQV), text.front)
         if with_text:
             to_query = into.query_KGTH[:, :, piece.queries]
             to_query.copy_(torch.bmm(to_score, key_KCH).view(to_query.shape))
-            into.key_KTH[:, keys].add_(to_key[:, length:])
-            into.value_KTV[:, keys].add_(to_value[:, length:])
+    into.front_key_KPH.add_(to_keys_KSH[:, : text.front])
+    into.front_value_KPV.add_(to_values_KSV[:, : text.front])
+    if with_text:
+        into.key_KTH.copy_(to_keys_KSH[:, text.front :])
+        into.value_KTV.copy_(to_values_KSV[:, text.front :])
+
+
+def _no_sums(text_KTX: Tensor, front: int) -> Tensor:
+    num_keys, length, size = text_KTX.shape
+    return text_KTX.new_zeros(num_keys, front + length, size, dtype=_wide(text_KTX))
 
 
 def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,10 +191,8 @@ def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, 
     num_groups, num_queries = query_KGQH.shape[1:3]
     query_KQH = query_KGQH.reshape(len(query_KGQH), num_groups * num_queries, -1)
     key_KCH = piece.keys(text.front_key_KPH, text.key_KTH)
-    front, wide = text.front_key_KPH.shape[1], _wide(query_KQH)
-    hidden_QC = _hidden(
-        layout.pattern, num_queries, key_KCH.shape[1] - front, front, num_groups, wide, key_KCH.device
-    )
+    wide, num_keys = _wide(query_KQH), key_KCH.shape[1] - text.front
+    hidden_QC = _hidden(layout.pattern, num_queries, num_keys, text.front, num_groups, wide, key_KCH.device)
     score_KQC = torch.baddbmm(hidden_QC, query_KQH.to(wide), key_KCH.to(wide).mT, alpha=layout.scale)
     return query_KQH, key_KCH, torch.softmax(score_KQC, dim=-1)
 
