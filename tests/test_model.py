@@ -5,20 +5,21 @@ The meaning law, for all families, is in test_families.py.
 
 import gc
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
 
 from prefix_ds.data.batch import Batch, Document, documents_of
 from prefix_ds.errors import ModelError
-from prefix_ds.model import PrefixLM, apart, attention, likelihood, varlen
+from prefix_ds.model import PrefixLM, apart, attention, likelihood, norms, varlen
 from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
@@ -349,6 +350,72 @@ def test_the_pattern_of_a_rule_is_known_or_is_told_to_be_unknown(rule: Any, patt
     place = torch.arange(9)
     if pattern is not None:
         assert pattern.seen(9, 9, torch.device("cpu")).equal(rule(0, 0, place[:, None], place))
+
+
+# --------------------------------------------------------------------------------------------------- norms
+
+
+@contextmanager
+def kept() -> Iterator[list[int]]:
+    """The bytes of each tensor that is kept for the backward pass and has more than one dimension."""
+    found: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor.nbytes if tensor.dim() > 1 else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield found
+
+
+def normed(norm: nn.Module, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a norm gives, and the gradient to its input of a weighted sum of it."""
+    hidden = hidden.clone().requires_grad_()
+    out = norm(hidden)
+    return out, torch.autograd.grad((out * weight).sum(), hidden)[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "gpt_oss", "qwen3"])
+def test_a_norm_that_keeps_little_gives_what_it_gave(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "_CACHED_NUMBERS", 100)
+    config = tiny_config(family)
+    base, stock = (AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(False) for _ in "ab")
+    for parameter in base.parameters():
+        parameter.normal_(0, 0.3)
+    stock.load_state_dict(base.state_dict())
+    norms.take_over_norms(base)
+    taken = [module for module in base.modules() if isinstance(vars(module).get("forward"), norms._Norm)]
+    assert taken
+    for ours, theirs in zip(base.modules(), stock.modules(), strict=True):
+        if ours not in taken:
+            continue
+        hidden, weight = torch.randn(2, 2, 7, len(ours.weight)).bfloat16()  # type: ignore[arg-type]
+        for mine, its in zip(normed(ours, hidden, weight), normed(theirs, hidden, weight), strict=True):
+            assert distance(mine.double(), its.double()) < 2 * torch.finfo(torch.bfloat16).eps
+        with kept() as numbers:
+            ours(hidden.requires_grad_())
+        assert sum(numbers) == hidden.nbytes + len(hidden.flatten(0, -2)) * 4  # and its weight
+
+
+def test_a_norm_of_another_kind_is_left_alone() -> None:
+    class OddNorm(nn.RMSNorm):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden).clamp(max=0.5)
+
+    hidden = torch.randn(5, 8).bfloat16()
+    for norm in (OddNorm(8, 1e-6), nn.LayerNorm(8, bias=False)):
+        norm.to(torch.bfloat16).requires_grad_(False)
+        own = norm(hidden)
+        norms.take_over_norms(norm)
+        assert norm(hidden).equal(own)
+        assert norm.forward._way is None  # type: ignore[attr-defined]
+
+
+def test_a_norm_whose_weight_is_trained_has_its_gradient() -> None:
+    norm = nn.RMSNorm(8, 1e-6).to(torch.bfloat16)
+    norms.take_over_norms(norm)
+    norm(torch.randn(5, 8).bfloat16()).sum().backward()
+    assert norm.weight.grad is not None
 
 
 # ---------------------------------------------------------------------------------------------------- loss

@@ -31,6 +31,7 @@ from prefix_ds.model.base import (
 from prefix_ds.model.finish import finish_of
 from prefix_ds.model.head import Head
 from prefix_ds.model.likelihood import summed_nll
+from prefix_ds.model.norms import take_over_norms
 from prefix_ds.model.positions import num_learnt, positions_of
 from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.sources import Given, Recorder
@@ -60,6 +61,7 @@ class PrefixLM:
         self.family = family_of(base)
         self.device: torch.device = device or base.device
         silence(base)
+        take_over_norms(base)
         switch_attention(base, attention)
         self._joint = Joint(base)
         self._positions = positions_of(base)
