@@ -1,0 +1,85 @@
+"""Runs from an experiment of MLflow.
+
+One request gives parameters, tags and the last values of all metrics of up to a thousand runs. A run that
+ended told its summary; of the others (they are running, or were logged by something else) the summary is made
+from their histories. Whether a result is still there is asked for prefixes alone: those of whole models are
+not sent to MLflow.
+
+Knows nothing of run folders, and of MLflow only what `tracking` gives.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prefix_ds.compare.evaluations import told_evaluations
+from prefix_ds.compare.folders import data_of
+from prefix_ds.compare.seen import Seen, Value
+from prefix_ds.tracking import SOURCES, Histories, summary
+
+if TYPE_CHECKING:
+    from prefix_ds.tracking.experiment import Experiment, ToldRun
+
+_SUMMARY = "summary/"
+
+
+class MlflowRuns:
+    """The runs of one experiment."""
+
+    def __init__(self, experiment: "Experiment") -> None:
+        """Reads nothing yet."""
+        self._experiment = experiment
+        self.name = f"experiment {experiment.name} at {experiment.address}"
+
+    def runs(self) -> list[Seen]:
+        """All of them. Raises RunError."""
+        told = self._experiment.runs()
+        summaries, gone = self._summaries(told), self._gone(told)
+        return [_seen(run, summaries[run.run_id], run.run_id in gone) for run in told]
+
+    def histories(self, runs: Sequence[Seen], names: Sequence[str]) -> list[Histories]:
+        """Of each run the values of some metrics at all steps. Raises RunError."""
+        return self._experiment.histories([run.place for run in runs], names)
+
+    def _summaries(self, told: "Sequence[ToldRun]") -> dict[str, dict[str, float]]:
+        found = {run.run_id: _told_summary(run) for run in told}
+        untold = [run.run_id for run in told if not found[run.run_id] and set(SOURCES) & set(run.metrics)]
+        histories = self._experiment.histories(untold, SOURCES)
+        return found | {key: summary(h, None) for key, h in zip(untold, histories, strict=True)}
+
+    def _gone(self, told: "Sequence[ToldRun]") -> set[str]:
+        """Runs whose prefix MLflow was sent and no longer has."""
+        sent = [run.run_id for run in told if f"{_SUMMARY}result_bytes" in run.metrics and _is_prefix(run)]
+        there = self._experiment.has_files(sent, "prefix")
+        lost = {run.run_id for run in told if run.status == "FINISHED" and _lost_before(run)}
+        return lost | {run_id for run_id, has in zip(sent, there, strict=True) if not has}
+
+
+def _lost_before(run: "ToldRun") -> bool:
+    """Whether the result was gone when the run's summary was sent."""
+    return f"{_SUMMARY}valid_loss" in run.metrics and f"{_SUMMARY}result_bytes" not in run.metrics
+
+
+def _is_prefix(run: "ToldRun") -> bool:
+    return run.params.get("train.method") == "prefix"
+
+
+def _told_summary(run: "ToldRun") -> dict[str, float]:
+    return {
+        name.removeprefix(_SUMMARY): value
+        for name, value in run.metrics.items()
+        if name.startswith(_SUMMARY) and run.status != "RUNNING"
+    }
+
+
+def _seen(run: "ToldRun", numbers: dict[str, float], is_gone: bool) -> Seen:
+    found = told_evaluations(run.metrics)
+    return Seen(
+        run.name,
+        run.run_id,
+        run.status,
+        run.params,
+        data_of(run.params, run.datasets),
+        {name: Value(number) for name, number in numbers.items()} | found.trained,
+        found.untrained,
+        result_is_gone=is_gone,
+    )

@@ -1,0 +1,86 @@
+"""A comparison on the terminal.
+
+Knows nothing of how it was made; imports rich and nothing heavy.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefix_ds.compare import measures
+from prefix_ds.compare.comparison import Comparison
+from prefix_ds.compare.rows import Row
+from prefix_ds.errors import printable
+
+_KEYS_BESIDE = 3  # so many differing keys stand in the first table; more have one of their own
+_LONGEST = 40  # characters of a value or a name
+
+
+def show(console: Console, comparison: Comparison) -> None:
+    """The tables, then the warnings."""
+    beside = comparison.keys if len(comparison.keys) <= _KEYS_BESIDE else ()
+    rows = comparison.rows
+    console.print(_figures(_heading(comparison), rows, beside, comparison))
+    if comparison.has_seeds:
+        console.print(_figures("Each run", comparison.runs, (), comparison))
+    if len(comparison.keys) > _KEYS_BESIDE:
+        console.print(_differences(comparison))
+    for line in comparison.warnings:
+        console.print(Text(f"warning: {printable(line)}", style="yellow"), soft_wrap=True)
+
+
+def _heading(comparison: Comparison) -> str:
+    way = "less" if comparison.less_is_better else "more"
+    return f"{comparison.source}, by {measures.title(comparison.by)} ({way} is better)"
+
+
+def _figures(title: str, rows: Sequence[Row], keys: Sequence[str], comparison: Comparison) -> Table:
+    table = Table(title=Text(printable(title)), title_justify="left")
+    has_data = any(row.data for row in rows)
+    has_notes = any(row.notes for row in rows)
+    has_seeds = len({seed for row in rows for seed in row.seeds}) > 1
+    heads = ["", "run", *keys, *(["seeds"] if has_seeds else []), *(["data"] if has_data else [])]
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for name in comparison.measures:
+        table.add_column(measures.title(name), justify="right")
+    if has_notes:
+        table.add_column("")
+    for row in rows:
+        cells = ["best" if row.is_best else "", short(row.name), *(short(row.keys.get(key, "")) for key in keys)]
+        cells += [", ".join(row.seeds)] if has_seeds else []
+        cells += [row.data] if has_data else []
+        cells += [measures.written(name, row.values.get(name)) for name in comparison.measures]
+        cells += [", ".join(row.notes)] if has_notes else []
+        table.add_row(*map(Text, cells), style="bold green" if row.is_best else "")
+    return table
+
+
+def _differences(comparison: Comparison) -> Table:
+    """A line a key, a column a value that it has: of many runs most share one."""
+    table = Table("key", "value", "runs", title="What differs", title_justify="left")
+    for key in comparison.keys:
+        for place, (value, names) in enumerate(by_value(key, comparison.rows).items()):
+            cells = (key if not place else "", short(value) or "none", short(", ".join(names), 3 * _LONGEST))
+            table.add_row(*map(Text, cells), end_section=False)
+    return table
+
+
+def by_value(key: str, rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The values of a key, and the rows that have each."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.is_trained:
+            found.setdefault(row.keys.get(key, ""), []).append(row.name)
+    return found
+
+
+def short(text: str, longest: int = _LONGEST) -> str:
+    """On one line, its middle left out where it is long."""
+    plain = printable(text)
+    if len(plain) <= longest:
+        return plain
+    head = longest * 2 // 3
+    return f"{plain[:head]}…{plain[head + 1 - longest :]}"
