@@ -17,7 +17,7 @@ FLOORS = [
     {"model", "loading", "logs", "run_folder"},
     {"engine", "initial", "result", "rows", "speed", "suitability"},
     {"loop", "memory", "opening", "export", "plan"},
-    {"train", "generate", "check", "init", "importing", "links"},
+    {"train", "generate", "check", "init", "importing", "links", "compare"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -34,6 +34,7 @@ DOORS = {
     "datasets": {"data", "logs"},
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}
+TORCH_FREE |= {"compare", "tracking"}
 
 
 def modules():

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs between them, which is best, and what must be known before that is believed.
+"""Runs side by side: what differs, which is best, and what must be known before that is believed.
 
 Rows are in the order of the measure that they are judged by. Losses and scores of different data say nothing
 about each other, so the best is marked within the rows of one data set, and there is a warning.
@@ -77,7 +77,9 @@ def _differing(runs: Sequence[Seen]) -> list[str]:
 def _ranked(rows: Iterable[Row], by: str) -> list[Row]:
     """The best first; those without the measure last. The best of each data set is marked."""
     in_order = sorted(rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name))
-    best = {row.data: index for index, row in reversed([*enumerate(in_order)]) if math.isfinite(_rank(row, by))}
+    best = {
+        row.data: index for index, row in reversed([*enumerate(in_order)]) if math.isfinite(_rank(row, by))
+    }
     return [replace(row, is_best=best.get(row.data) == index) for index, row in enumerate(in_order)]
 
 
@@ -92,7 +94,9 @@ def _rank(row: Row, by: str) -> float:
 def _letters(runs: Sequence[Seen]) -> Callable[[str, Seen], str]:
     """For a split and a run the letter of its data; none where all runs have the same."""
     found: dict[str, list[tuple[str, ...]]] = {}
-    digested = {split for split in _SPLITS if all(run.data[split].digest for run in runs if split in run.data)}
+    digested = {
+        split for split in _SPLITS if all(run.data[split].digest for run in runs if split in run.data)
+    }
     for split in _SPLITS:
         same = [_identity(split, run, split in digested) for run in runs if split in run.data]
         found[split] = list(dict.fromkeys(same))
@@ -106,7 +110,7 @@ def _letters(runs: Sequence[Seen]) -> Callable[[str, Seen], str]:
 
 
 def _identity(split: str, run: Seen, has_digests: bool) -> tuple[str, ...]:
-    """What makes two splits one: the content where all have a digest of it, else the name; and the targets."""
+    """What makes two splits one: their content where all have a digest, else their names; the targets."""
     data, target = run.data[split], run.params.get("data.target", "")
     if split != "train":
         target = run.params.get("data.references", target)

@@ -1,4 +1,4 @@
-"""What `prefix-ds evaluate` left of a run: `evaluate/SPLIT.json`, and the same of the base and the instruction.
+"""What `prefix-ds evaluate` left of a run: `evaluate/SPLIT.json`, the same of the base and the instruction.
 
     evaluate/test.json               the trained run
     evaluate/test.bare.json          the base without a prefix

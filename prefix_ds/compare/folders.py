@@ -44,7 +44,11 @@ class Folders:
     def histories(self, runs: Sequence[Seen], names: Sequence[str]) -> list[Histories]:
         """Of each run the values of some metrics at all steps."""
         return [
-            {name: history for name, history in histories_of(read_metrics(Path(run.place))).items() if name in names}
+            {
+                name: history
+                for name, history in histories_of(read_metrics(Path(run.place))).items()
+                if name in names
+            }
             for run in runs
         ]
 

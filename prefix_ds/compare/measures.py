@@ -21,7 +21,13 @@ _TITLES = {
     "mfu": "MFU",
     "steps": "steps",
 }
-_COSTS = ("train_loss", "train_seconds", "tokens_per_second", "peak_gib", "result_bytes")  # right of the scores
+_COSTS = (
+    "train_loss",
+    "train_seconds",
+    "tokens_per_second",
+    "peak_gib",
+    "result_bytes",
+)  # right of the scores
 _UNSHOWN = {"first_valid_loss", "valid_step"}  # told by other rows, or of no interest side by side
 _LESS_IS_BETTER = {
     "loss", "perplexity", "ter", "wer", "cer", "valid_loss", "train_loss", "train_seconds", "peak_gib",

@@ -7,7 +7,7 @@ before its own. `evaluate` adds their scores on other splits.
 Knows nothing of where runs were found or how rows are shown.
 """
 
-import os
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +101,8 @@ def _over(values: Sequence[Value]) -> Value:
 
 def _common_name(names: Sequence[str]) -> str:
     """What the names begin with, without the word or letter that announces a seed."""
-    common = os.path.commonprefix(list(names))
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    common = "".join(letters[0] for letters in same)
     return re.sub(r"[-_. ]*(seed|s)?[-_. =]*$", "", common) or names[0]
 
 

@@ -31,7 +31,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Seen:
-    """One run. `untrained` holds what was measured without its training: of the "base", of the "instruction"."""
+    """One run; `untrained` was measured without its training: of the "base", of the "instruction"."""
 
     name: str
     place: str  # its folder, or its id in MLflow

@@ -49,7 +49,11 @@ def _figures(title: str, rows: Sequence[Row], keys: Sequence[str], comparison: C
     if has_notes:
         table.add_column("")
     for row in rows:
-        cells = ["best" if row.is_best else "", short(row.name), *(short(row.keys.get(key, "")) for key in keys)]
+        cells = [
+            "best" if row.is_best else "",
+            short(row.name),
+            *(short(row.keys.get(key, "")) for key in keys),
+        ]
         cells += [", ".join(row.seeds)] if has_seeds else []
         cells += [row.data] if has_data else []
         cells += [measures.written(name, row.values.get(name)) for name in comparison.measures]

@@ -1,4 +1,4 @@
-"""An experiment of MLflow, read: its runs with all that is known of each, and histories where they are wanted.
+"""An experiment of MLflow, read: its runs with all that is known of each, and histories where wanted.
 
 And written to in one way: a report as the artifact of a run of its own, and runs of equal configuration below
 a parent, so that MLflow's pages show them nested. Both are found again by a tag, so a second report replaces
@@ -9,19 +9,20 @@ may be hundreds. Knows nothing of run folders or of what is done with the runs.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mlflow.entities import DatasetInput, Metric, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Run
 from mlflow.tracking import MlflowClient
 
 from prefix_ds.errors import PrefixError, RunError
 from prefix_ds.tracking.facts import DatasetFacts
 from prefix_ds.tracking.masking import masked
-from prefix_ds.tracking.mlflow_terms import plain_key, quiet_mlflow
+from prefix_ds.tracking.mlflow_terms import milliseconds, plain_key, quiet_mlflow
 from prefix_ds.tracking.state import absolute_uri
 from prefix_ds.tracking.summary import Histories, Point
 
@@ -78,24 +79,28 @@ class Experiment:
         """Whether each run has artifacts in `folder`. Raises RunError."""
         return self._asked(lambda run_id: bool(self._client.list_artifacts(run_id, folder)), run_ids)
 
-    def keep_report(self, name: str, texts: Mapping[str, str]) -> str:
-        """Makes texts the artifacts of the run that holds reports; answers its run id. Raises RunError."""
+    def keep_report(self, name: str, texts: Mapping[str, str]) -> None:
+        """Makes texts the artifacts of a run of that name, in place of its earlier ones. Raises RunError."""
         with self._telling():
             run_id = self._made_run("comparison", name, name)
             for file, text in texts.items():
                 self._client.log_text(run_id, text, file)
             self._client.set_terminated(run_id)
-        return run_id
 
-    def nest(self, key: str, name: str, members: Sequence[ToldRun], figures: Mapping[str, float]) -> None:
-        """Puts runs below one parent that shows `figures`; those that have one stay there. Raises RunError."""
+    def nest(self, key: str, name: str, run_ids: Sequence[str], figures: Mapping[str, float]) -> None:
+        """Puts runs below one parent, which shows `figures`; where they hang already they stay.
+
+        Raises RunError.
+        """
         with self._telling():
-            parent = self._made_run("seeds", key, name)
-            metrics = [Metric(plain_key(name), value, 0, 0) for name, value in figures.items()]
-            self._client.log_batch(parent, metrics)
-            for member in members:
-                if _PARENT_TAG not in member.tags:
-                    self._client.log_batch(member.run_id, tags=[RunTag(_PARENT_TAG, parent)])
+            parent, now = self._made_run("seeds", key, name), milliseconds(time.time())
+            self._client.update_run(parent, name=name)
+            self._client.log_batch(
+                parent, [Metric(plain_key(n), value, now, 0) for n, value in figures.items()]
+            )
+            for run_id in run_ids:
+                if _PARENT_TAG not in self._client.get_run(run_id).data.tags:
+                    self._client.set_tag(run_id, _PARENT_TAG, parent)
             self._client.set_terminated(parent)
 
     def _made_run(self, kind: str, key: str, name: str) -> str:
