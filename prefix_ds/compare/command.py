@@ -65,7 +65,7 @@ def compare(request: Request) -> Comparison:
 
 def _experiment(request: Request) -> "Experiment":
     set_default_environment(
-        MLFLOW_HTTP_REQUEST_TIMEOUT="30",
+        MLFLOW_HTTP_REQUEST_TIMEOUT="20",
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="1",
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
     )

@@ -7,7 +7,7 @@ Knows nothing of where runs were found or how the comparison is shown.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from prefix_ds.compare import measures
@@ -63,7 +63,7 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
         tuple(_ranked([finished(run_row(run)) for run in runs], judged)),
         tuple(keys),
         tuple(measures.shown([*names, judged])),
-        tuple(_warnings(runs, letter_of)),
+        tuple(_warnings(runs, letter_of, {"train", *map(measures.split_of, names)})),
     )
 
 
@@ -102,7 +102,7 @@ def _letters(runs: Sequence[Seen]) -> Callable[[str, Seen], str]:
         found[split] = list(dict.fromkeys(same))
 
     def letter(split: str, run: Seen) -> str:
-        if len(found[split]) < 2 or split not in run.data:
+        if len(found.get(split, ())) < 2 or split not in run.data:
             return ""
         return _letter(found[split].index(_identity(split, run, split in digested)))
 
@@ -121,10 +121,12 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else f"{_letter(index // 26 - 1)}{_letter(index % 26)}"
 
 
-def _warnings(runs: Sequence[Seen], letter_of: Callable[[str, Seen], str]) -> list[str]:
-    lines = [line for split in _SPLITS if (line := _data_line(split, runs, letter_of))]
+def _warnings(
+    runs: Sequence[Seen], letter_of: Callable[[str, Seen], str], measured: Collection[str]
+) -> list[str]:
+    lines = [_data_line(split, runs, letter_of) for split in _SPLITS if split in measured]
     lines += [f"{run.name}: its result is gone ({run.place})" for run in runs if run.result_is_gone]
-    return lines
+    return [line for line in lines if line]
 
 
 def _data_line(split: str, runs: Sequence[Seen], letter_of: Callable[[str, Seen], str]) -> str:

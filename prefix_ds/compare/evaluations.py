@@ -47,7 +47,9 @@ def read_evaluations(run: Path) -> Evaluations:
             told = json.loads(path.read_text(encoding="utf-8"))
             found.add(name, _scores(told))
             if "." not in name and told.get("data"):
-                found.sources[name] = str(told["data"])
+                found.sources[name] = (
+                    told["data"] if isinstance(told["data"], str) else json.dumps(told["data"])
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path}: is no evaluation: {error!r}; evaluate again, or remove it") from None
     return found

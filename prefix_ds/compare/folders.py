@@ -75,11 +75,11 @@ def _seen(run: Path) -> Seen:
     found, size = read_evaluations(run), result_bytes(run)
     numbers = summary(histories_of(read_metrics(run)), size)
     data = data_of(facts.params, facts.datasets)
-    data |= {split: DataSet(source) for split, source in found.sources.items() if split not in data}
+    data |= {split: DataSet(source) for split, source in found.sources.items() if not _is_noted(split, data)}
     return Seen(
         facts.name,
         str(run),
-        facts.status,
+        facts.status or "RUNNING",
         facts.params,
         data,
         {name: Value(number) for name, number in numbers.items()} | found.trained,
@@ -91,4 +91,10 @@ def _seen(run: Path) -> Seen:
 def _facts_of_config(run: Path) -> Facts:
     _, config = open_run(run)
     params = flattened(without_secrets(config.model_dump(mode="json")))
-    return Facts(config.mlflow.experiment, config.mlflow.name or run.resolve().name, params, {})
+    name = config.mlflow.name or run.resolve().name
+    return Facts(config.mlflow.experiment, name, params, {}, status="FINISHED")
+
+
+def _is_noted(split: str, data: dict[str, DataSet]) -> bool:
+    """Whether training read it; another file evaluated later is what `data.test` means then."""
+    return split in data and bool(data[split].digest)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prefix_ds.tracking.experiment import Experiment, ToldRun
 
 _SUMMARY = "summary/"
+_SIZE = f"{_SUMMARY}result_bytes"
 
 
 class MlflowRuns:
@@ -42,21 +43,22 @@ class MlflowRuns:
 
     def _summaries(self, told: "Sequence[ToldRun]") -> dict[str, dict[str, float]]:
         found = {run.run_id: _told_summary(run) for run in told}
-        untold = [run.run_id for run in told if not found[run.run_id] and set(SOURCES) & set(run.metrics)]
-        histories = self._experiment.histories(untold, SOURCES)
-        return found | {key: summary(h, None) for key, h in zip(untold, histories, strict=True)}
+        untold = [run for run in told if not found[run.run_id] and set(SOURCES) & set(run.metrics)]
+        histories = self._experiment.histories([run.run_id for run in untold], SOURCES)
+        pairs = zip(untold, histories, strict=True)
+        return found | {run.run_id: summary(h, run.metrics.get(_SIZE)) for run, h in pairs}
 
     def _gone(self, told: "Sequence[ToldRun]") -> set[str]:
         """Runs whose prefix MLflow was sent and no longer has."""
-        sent = [run.run_id for run in told if f"{_SUMMARY}result_bytes" in run.metrics and _is_prefix(run)]
+        sent = [run.run_id for run in told if _SIZE in run.metrics and _is_prefix(run)]
         there = self._experiment.has_files(sent, "prefix")
-        lost = {run.run_id for run in told if run.status == "FINISHED" and _lost_before(run)}
+        lost = {run.run_id for run in told if _lost_before(run)}
         return lost | {run_id for run_id, has in zip(sent, there, strict=True) if not has}
 
 
 def _lost_before(run: "ToldRun") -> bool:
     """Whether the result was gone when the run's summary was sent."""
-    return f"{_SUMMARY}valid_loss" in run.metrics and f"{_SUMMARY}result_bytes" not in run.metrics
+    return f"{_SUMMARY}valid_loss" in run.metrics and _SIZE not in run.metrics
 
 
 def _is_prefix(run: "ToldRun") -> bool:

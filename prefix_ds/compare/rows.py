@@ -8,6 +8,7 @@ Knows nothing of where runs were found or how rows are shown.
 """
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -92,10 +93,12 @@ def _row_of(group: Sequence[Seen]) -> Row:
 
 
 def _over(values: Sequence[Value]) -> Value:
-    """Mean and deviation (n - 1) over seeds."""
+    """Mean and deviation (n - 1) over seeds; no number where one is none."""
     if len(values) == 1:
         return values[0]
     numbers = [value.value for value in values]
+    if not all(map(math.isfinite, numbers)):
+        return Value(math.nan, count=len(numbers))
     return Value(statistics.fmean(numbers), deviation=statistics.stdev(numbers), count=len(numbers))
 
 

@@ -35,7 +35,7 @@ class Seen:
 
     name: str
     place: str  # its folder, or its id in MLflow
-    status: str  # in MLflow's words; empty while nobody said how it ended
+    status: str  # in MLflow's words; RUNNING while nobody said how it ended
     params: Mapping[str, str]  # every key of run.yaml that has a value, as text
     data: Mapping[str, DataSet]  # by split
     values: Values

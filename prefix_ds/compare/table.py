@@ -40,7 +40,7 @@ def _figures(title: str, rows: Sequence[Row], keys: Sequence[str], comparison: C
     table = Table(title=Text(printable(title)), title_justify="left")
     has_data = any(row.data for row in rows)
     has_notes = any(row.notes for row in rows)
-    has_seeds = len({seed for row in rows for seed in row.seeds}) > 1
+    has_seeds = comparison.has_seeds
     heads = ["", "run", *keys, *(["seeds"] if has_seeds else []), *(["data"] if has_data else [])]
     for head in heads:
         table.add_column(head, overflow="fold")

@@ -61,7 +61,7 @@ def result_bytes(run: Path) -> int | None:
     return sum(path.stat().st_size for path in files) if files else None
 
 
-def summary(histories: Histories, size: int | None) -> dict[str, float]:
+def summary(histories: Histories, size: float | None) -> dict[str, float]:
     """The numbers by their names, without those that are not known; `size` is that of the result."""
     valid, last = _best(histories.get("valid/loss", [])), _last(histories.get("train/loss", []))
     steps = max((history[-1].step for history in histories.values() if history), default=None)
