@@ -66,10 +66,10 @@ def summary(histories: Histories, size: float | None) -> dict[str, float]:
     valid, last = _best(histories.get("valid/loss", [])), _last(histories.get("train/loss", []))
     steps = max((history[-1].step for history in histories.values() if history), default=None)
     found = {
-        "valid_loss": valid and valid.value,
-        "valid_step": valid and valid.step,
+        "valid_loss": valid.value if valid else None,
+        "valid_step": valid.step if valid else None,
         "first_valid_loss": _first(histories.get("valid/loss", [])),
-        "train_loss": last and last.value,
+        "train_loss": last.value if last else None,
         "steps": steps,
         "train_seconds": _seconds(_values(histories, "time/step_seconds"), last),
         "tokens_per_second": _median(_values(histories, "time/tokens_per_second")),
