@@ -9,6 +9,8 @@ may be hundreds. Knows nothing of run folders or of what is done with the runs.
 """
 
 import contextlib
+import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +129,7 @@ class Experiment:
 
     def _history(self, run_id: str, name: str) -> list[Point]:
         told = self._client.get_metric_history(run_id, name)
-        return [Point(m.step, m.value) for m in sorted(told, key=lambda m: (m.step, m.timestamp))]
+        return [Point(m.step, _number(m.value)) for m in sorted(told, key=lambda m: (m.step, m.timestamp))]
 
     def _asked(self, ask: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
         with self._telling(), ThreadPoolExecutor(_THREADS) as pool:
@@ -166,10 +168,15 @@ def _told(run: Run) -> ToldRun:
         run.info.run_name or run.info.run_id,
         run.info.status,
         dict(run.data.params) | changed,
-        dict(run.data.metrics),
+        {name: _number(value) for name, value in run.data.metrics.items()},
         tags,
         tuple(_dataset(given) for given in (run.inputs.dataset_inputs if run.inputs else ())),
     )
+
+
+def _number(value: float) -> float:
+    """A database of MLflow keeps the largest number where infinity was meant."""
+    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
 
 
 def _dataset(given: DatasetInput) -> DatasetFacts:

@@ -64,7 +64,7 @@ def result_bytes(run: Path) -> int | None:
 def summary(histories: Histories, size: float | None) -> dict[str, float]:
     """The numbers by their names, without those that are not known; `size` is that of the result."""
     valid, last = _best(histories.get("valid/loss", [])), _last(histories.get("train/loss", []))
-    steps = max((history[-1].step for history in histories.values() if history), default=None)
+    steps = max((histories[name][-1].step for name in SOURCES if histories.get(name)), default=None)
     found = {
         "valid_loss": valid.value if valid else None,
         "valid_step": valid.step if valid else None,
