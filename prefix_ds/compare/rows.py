@@ -116,6 +116,9 @@ def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
     kind = "instruction" if is_text else "base" if method == "full" else ""
     if first is not None and kind:
         found.setdefault(kind, {})["valid_loss"] = first
+    for values in found.values():
+        if "valid/loss" in values:  # evaluated on the same split: the same number
+            values.setdefault("valid_loss", values["valid/loss"])
     return found
 
 
