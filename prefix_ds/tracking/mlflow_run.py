@@ -107,7 +107,8 @@ class MlflowRun:
             return
         values = summary(histories_of(records), result_bytes(self._folder))
         named = {f"summary/{name}": value for name, value in values.items()}
-        if metrics := self._not_sent([Record(records[-1].step, time.time(), named)]):
+        step = max(record.step for record in records)  # an evaluation may be of an earlier one
+        if metrics := self._not_sent([Record(step, time.time(), named)]):
             self._send(metrics)
             self._save()
 

@@ -4,7 +4,7 @@ Whoever asks gets the same numbers: MLflow is told them at the end of a run as `
 table of runs can be sorted by them, and `compare` takes them from a run folder, or from MLflow's histories
 where it was not told (a run that has not ended).
 
-    valid_loss, valid_step       the best validation, which is that of the result, and its step
+    valid_loss, valid_step       the lowest validation loss, and its step
     first_valid_loss             the first one; before step 1 it is that of the start: of the instruction, or
                                  (train.method: full) of the bare base
     train_loss, steps            of the last step that was logged
