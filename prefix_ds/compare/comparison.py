@@ -15,7 +15,21 @@ from prefix_ds.compare.rows import Row, computed, rows_over_seeds, run_row, untr
 from prefix_ds.compare.seen import Seen
 from prefix_ds.errors import RunError
 
+_WIDEST = 7  # measures in a table
 _SPLITS = {"train": "training data", "valid": "validation data", "test": "test data"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The measures of one table; the first has all rows and all that is said of them beside their numbers."""
+
+    title: str
+    measures: tuple[str, ...]
+    is_first: bool
+
+    def rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Those that have something to show here."""
+        return [row for row in rows if self.is_first or not row.values.keys().isdisjoint(self.measures)]
 
 
 @dataclass(frozen=True)
@@ -27,13 +41,22 @@ class Comparison:
     rows: tuple[Row, ...]  # the best first; runs that differ in their seed only are one
     runs: tuple[Row, ...]  # each by itself
     keys: tuple[str, ...]  # those that differ
-    measures: tuple[str, ...]  # in the order of columns
+    results: tuple[str, ...]  # measures of what runs are worth, in the order of columns
+    costs: tuple[str, ...]  # and of what they took
     warnings: tuple[str, ...]
 
     @property
     def has_seeds(self) -> bool:
         """Whether some rows stand for several runs."""
         return any(row.kind == "seeds" for row in self.rows)
+
+    @property
+    def tables(self) -> list[Columns]:
+        """What goes into which table: all into one where it is not too wide."""
+        together = Columns("Results", (*self.results, *self.costs), True)
+        if len(together.measures) <= _WIDEST or not self.costs:
+            return [together]
+        return [Columns("Results", self.results, True), Columns("What it took", self.costs, False)]
 
     @property
     def less_is_better(self) -> bool:
@@ -62,7 +85,8 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
         tuple(_ranked(map(finished, rows), judged)),
         tuple(_ranked([finished(run_row(run)) for run in runs], judged)),
         tuple(keys),
-        tuple(measures.shown([*names, judged])),
+        tuple(measures.results(names, judged)),
+        tuple(measures.costs(names, judged)),
         tuple(_warnings(runs, letter_of, {"train", *map(measures.split_of, names)})),
     )
 

@@ -86,7 +86,7 @@ def _drawn(comparison: Comparison, source: Source) -> list[Drawn]:
 
 def _levels(comparison: Comparison, measure: str) -> list[Level]:
     rows = [row for row in comparison.rows if not row.is_trained and measure in row.values]
-    levels = [Level(short(row.name, 60), row.values[measure].value) for row in rows]
+    levels = dict.fromkeys(Level(short(row.name, 60), row.values[measure].value) for row in rows)
     return [level for level in levels if math.isfinite(level.y)][:_MOST_LEVELS]
 
 
@@ -106,4 +106,4 @@ def _spot(row: Row, colour: int, by: str) -> Spot:
     if value.deviation is not None:
         low, high = value.value - value.deviation, value.value + value.deviation
     label = f"{short(row.name)}: {measures.written(by, value)}, {measures.written('result_bytes', size)}"
-    return Spot(label, colour, size.value, value.value, low, high)
+    return Spot(short(row.name), label, colour, size.value, value.value, low, high)

@@ -21,13 +21,8 @@ _TITLES = {
     "mfu": "MFU",
     "steps": "steps",
 }
-_COSTS = (
-    "train_loss",
-    "train_seconds",
-    "tokens_per_second",
-    "peak_gib",
-    "result_bytes",
-)  # right of the scores
+_COSTS = ("train_loss", "train_seconds", "tokens_per_second", "peak_gib")
+_SIZE = "result_bytes"
 _UNSHOWN = {"first_valid_loss", "valid_step"}  # told by other rows, or of no interest side by side
 _LESS_IS_BETTER = {
     "loss", "perplexity", "ter", "wer", "cer", "valid_loss", "train_loss", "train_seconds", "peak_gib",
@@ -35,10 +30,18 @@ _LESS_IS_BETTER = {
 }  # fmt: skip
 
 
-def shown(names: Iterable[str]) -> list[str]:
-    """The measures of a table in their order: validation loss, scores, what it took."""
+def results(names: Iterable[str], by: str) -> list[str]:
+    """What runs are worth, in the order of columns; perplexity says what the loss says."""
     known = set(names)
-    return [name for name in (DEFAULT, *sorted(filter(is_score, known)), *_COSTS) if name in known]
+    scores = sorted(name for name in known if is_score(name) and not name.endswith("/perplexity"))
+    columns = dict.fromkeys((DEFAULT, by, *scores, _SIZE))
+    return [name for name in columns if name in known or name == by]
+
+
+def costs(names: Iterable[str], by: str) -> list[str]:
+    """What they took."""
+    known = set(names) - {by}
+    return [name for name in _COSTS if name in known]
 
 
 def is_score(name: str) -> bool:
@@ -83,7 +86,7 @@ def written(name: str, value: Value | None) -> str:
     if value is None:
         return ""
     text = number(name, value.value)
-    if value.deviation is not None:
+    if value.deviation is not None and name not in (*_COSTS, _SIZE):
         return f"{text} ± {number(name, value.deviation)}"
     if value.low is not None and value.high is not None:
         return f"{text} [{number(name, value.low)}, {number(name, value.high)}]"

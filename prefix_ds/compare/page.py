@@ -12,7 +12,7 @@ from prefix_ds import __version__
 from prefix_ds.compare import measures, plots
 from prefix_ds.compare.comparison import Comparison
 from prefix_ds.compare.drawings import MOST_CURVES, Source, colours_of, drawings
-from prefix_ds.compare.table import by_value, short
+from prefix_ds.compare.table import KEYS_BESIDE, by_value, short
 from prefix_ds.errors import printable
 
 _TEMPLATE = "report.html"
@@ -33,6 +33,7 @@ def page(comparison: Comparison, source: Source, made: str) -> str:
         coloured=list(zip(comparison.rows, colours, strict=True)),
         each_run=[(row, 0) for row in comparison.runs],
         plots=drawn,
+        beside=comparison.keys if len(comparison.keys) <= KEYS_BESIDE else (),
         most_curves=MOST_CURVES,
         area=plots,
         written=measures.written,

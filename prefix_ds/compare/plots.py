@@ -12,7 +12,7 @@ Knows nothing of runs or of HTML.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefix_ds.compare.axes import Axis, Tick, above, powers
 
@@ -36,8 +36,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Spot:
-    """A named point, with the ends of its interval if it has one."""
+    """A point with a name, a longer label, and the ends of its interval if it has one."""
 
+    name: str  # as written beside it; empty where there is no room
     label: str
     colour: int
     x: float
@@ -124,14 +125,25 @@ def sizes_plot(
         titles[2],
         tuple(Tick(x.at(value), unit(value)) for value in powers(x.low, x.high)),
         y.ticks(),
-        spots=tuple(_placed(spot, x, y) for spot in reversed(known)),
+        spots=tuple(_named_where_free([_placed(spot, x, y) for spot in known])),
         levels=_placed_levels(levels, y),
     )
 
 
 def _placed(spot: Spot, x: Axis, y: Axis) -> Spot:
     low, high = (None if v is None or not math.isfinite(v) else y.at(v) for v in (spot.low, spot.high))
-    return Spot(spot.label, spot.colour, x.at(spot.x), y.at(spot.y), low, high)
+    return Spot(spot.name, spot.label, spot.colour, x.at(spot.x), y.at(spot.y), low, high)
+
+
+def _named_where_free(spots: Sequence[Spot]) -> list[Spot]:
+    """The names of the first ones stay, as far as they do not run into each other; the first is on top."""
+    named: list[Spot] = []
+    for spot in spots:
+        is_free = all(
+            abs(spot.x - other.x) > 150 or abs(spot.y - other.y) > 14 for other in named if other.name
+        )
+        named.append(spot if is_free and spot.colour else replace(spot, name=""))
+    return named[::-1]
 
 
 def _placed_levels(levels: Sequence[Level], y: Axis) -> tuple[Level, ...]:

@@ -127,8 +127,9 @@ def _title(kind: str, run: Seen) -> str:
         return f"bare base {run.params.get('model.name', '')}".rstrip()
     if kind != "instruction":
         return kind
-    text = " ".join(run.params.get("prefix.text", "").split())
-    return f"instruction alone: {text}" if text else "instruction alone"
+    text, length = " ".join(run.params.get("prefix.text", "").split()), run.params.get("prefix.length")
+    positions = f" ({length} positions)" if length else ""
+    return f"instruction alone{positions}: {text}"
 
 
 def _notes_of(run: Seen) -> list[str]:

@@ -10,22 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_ds.compare import measures
-from prefix_ds.compare.comparison import Comparison
+from prefix_ds.compare.comparison import Columns, Comparison
 from prefix_ds.compare.rows import Row
 from prefix_ds.errors import printable
 
-_KEYS_BESIDE = 3  # so many differing keys stand in the first table; more have one of their own
+KEYS_BESIDE = 3  # so many differing keys stand in the first table; more have one of their own
 _LONGEST = 40  # characters of a value or a name
 
 
 def show(console: Console, comparison: Comparison) -> None:
     """The tables, then the warnings."""
-    beside = comparison.keys if len(comparison.keys) <= _KEYS_BESIDE else ()
-    rows = comparison.rows
-    console.print(_figures(_heading(comparison), rows, beside, comparison))
-    if comparison.has_seeds:
-        console.print(_figures("Each run", comparison.runs, (), comparison))
-    if len(comparison.keys) > _KEYS_BESIDE:
+    beside = comparison.keys if len(comparison.keys) <= KEYS_BESIDE else ()
+    console.print(Text(printable(_heading(comparison)), style="bold"), soft_wrap=True)
+    for table in comparison.tables:
+        console.print(_figures(table.title, comparison.rows, beside, table))
+    for table in comparison.tables if comparison.has_seeds else ():
+        console.print(_figures(f"{table.title}, each run", comparison.runs, (), table))
+    if len(comparison.keys) > KEYS_BESIDE:
         console.print(_differences(comparison))
     for line in comparison.warnings:
         console.print(Text(f"warning: {printable(line)}", style="yellow"), soft_wrap=True)
@@ -36,15 +37,22 @@ def _heading(comparison: Comparison) -> str:
     return f"{comparison.source}, by {measures.title(comparison.by)} ({way} is better)"
 
 
-def _figures(title: str, rows: Sequence[Row], keys: Sequence[str], comparison: Comparison) -> Table:
-    table = Table(title=Text(printable(title)), title_justify="left")
-    has_data = any(row.data for row in rows)
-    has_notes = any(row.notes for row in rows)
-    has_seeds = comparison.has_seeds
-    heads = ["", "run", *keys, *(["seeds"] if has_seeds else []), *(["data"] if has_data else [])]
+def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], columns: Columns) -> Table:
+    table, names, rows = Table(title=title, title_justify="left"), columns.measures, columns.rows(all_rows)
+    keys = all_keys if columns.is_first else ()
+    has_data = columns.is_first and any(row.data for row in rows)
+    has_notes = columns.is_first and any(row.notes for row in rows)
+    has_seeds = columns.is_first and len({seed for row in rows for seed in row.seeds}) > 1
+    heads = [
+        "",
+        "run",
+        *_short_keys(keys),
+        *(["seeds"] if has_seeds else []),
+        *(["data"] if has_data else []),
+    ]
     for head in heads:
         table.add_column(head, overflow="fold")
-    for name in comparison.measures:
+    for name in names:
         table.add_column(measures.title(name), justify="right")
     if has_notes:
         table.add_column("")
@@ -56,7 +64,7 @@ def _figures(title: str, rows: Sequence[Row], keys: Sequence[str], comparison: C
         ]
         cells += [", ".join(row.seeds)] if has_seeds else []
         cells += [row.data] if has_data else []
-        cells += [measures.written(name, row.values.get(name)) for name in comparison.measures]
+        cells += [measures.written(name, row.values.get(name)) for name in names]
         cells += [", ".join(row.notes)] if has_notes else []
         table.add_row(*map(Text, cells), style="bold green" if row.is_best else "")
     return table
@@ -70,6 +78,12 @@ def _differences(comparison: Comparison) -> Table:
             cells = (key if not place else "", short(value) or "none", short(", ".join(names), 3 * _LONGEST))
             table.add_row(*map(Text, cells), end_section=False)
     return table
+
+
+def _short_keys(keys: Sequence[str]) -> list[str]:
+    """Without their sections where the names alone tell them apart."""
+    names = [key.rpartition(".")[2] for key in keys]
+    return names if len(set(names)) == len(names) else list(keys)
 
 
 def by_value(key: str, rows: Sequence[Row]) -> dict[str, list[str]]:
