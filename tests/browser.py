@@ -81,6 +81,12 @@ class Tab:
         told = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(told["data"]))
 
+    def close(self) -> None:
+        """Ends the browser, which takes its own processes along."""
+        self._session = None
+        with contextlib.suppress(AssertionError, OSError):
+            self.call("Browser.close")
+
     @property
     def requests(self) -> list[str]:
         """Every address that was asked for."""
@@ -120,11 +126,16 @@ def opened() -> Iterator[Tab]:
         )
         os.close(to_browser)
         os.close(from_browser)
+        tab = None
         try:
-            yield Tab(read, write)
+            tab = Tab(read, write)
+            yield tab
         finally:
+            if tab is None:
+                process.terminate()
+            else:
+                tab.close()
             os.close(write)
-            process.terminate()
             process.wait()
 
 

@@ -86,6 +86,7 @@ def _drawn(comparison: Comparison, source: Source) -> list[Drawn]:
 
 def _levels(comparison: Comparison, measure: str) -> list[Level]:
     rows = [row for row in comparison.rows if not row.is_trained and measure in row.values]
+    rows.sort(key=lambda row: len(row.members), reverse=True)  # the start that most runs have
     levels = dict.fromkeys(Level(short(row.name, 60), row.values[measure].value) for row in rows)
     return [level for level in levels if math.isfinite(level.y)][:_MOST_LEVELS]
 
@@ -95,7 +96,7 @@ def _sizes(comparison: Comparison) -> Plot | None:
     title = measures.title(by)
     pairs = zip(comparison.rows, colours_of(comparison.rows), strict=True)
     spots = [_spot(row, colour, by) for row, colour in pairs if {"result_bytes", by} <= row.values.keys()]
-    titles = (f"{title.capitalize()} against size", "size of what is kept", title)
+    titles = (f"{title[:1].upper()}{title[1:]} against size", "size of what is kept", title)
     return sizes_plot(titles, spots, _levels(comparison, by), measures.size)
 
 

@@ -83,14 +83,19 @@ def named(wish: str, names: Iterable[str]) -> str:
 
 def written(name: str, value: Value | None) -> str:
     """The value with its unit, and its interval or its deviation over seeds."""
+    return " ".join(filter(None, parts(name, value)))
+
+
+def parts(name: str, value: Value | None) -> tuple[str, str]:
+    """The same, what is behind the number apart."""
     if value is None:
-        return ""
+        return "", ""
     text = number(name, value.value)
     if value.deviation is not None and name not in (*_COSTS, _SIZE):
-        return f"{text} ± {number(name, value.deviation)}"
+        return text, f"± {number(name, value.deviation)}"
     if value.low is not None and value.high is not None:
-        return f"{text} [{number(name, value.low)}, {number(name, value.high)}]"
-    return text
+        return text, f"[{number(name, value.low)}, {number(name, value.high)}]"
+    return text, ""
 
 
 def number(name: str, value: float) -> str:

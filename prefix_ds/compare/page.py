@@ -12,7 +12,7 @@ from prefix_ds import __version__
 from prefix_ds.compare import measures, plots
 from prefix_ds.compare.comparison import Comparison
 from prefix_ds.compare.drawings import MOST_CURVES, Source, colours_of, drawings
-from prefix_ds.compare.table import KEYS_BESIDE, by_value, short
+from prefix_ds.compare.table import KEYS_BESIDE, by_value, short, short_keys
 from prefix_ds.errors import printable
 
 _TEMPLATE = "report.html"
@@ -36,8 +36,9 @@ def page(comparison: Comparison, source: Source, made: str) -> str:
         beside=comparison.keys if len(comparison.keys) <= KEYS_BESIDE else (),
         most_curves=MOST_CURVES,
         area=plots,
-        written=measures.written,
+        parts=measures.parts,
         by_value=by_value,
+        short_keys=short_keys,
         made=made,
         version=__version__,
     )

@@ -147,7 +147,13 @@ def _named_where_free(spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _placed_levels(levels: Sequence[Level], y: Axis) -> tuple[Level, ...]:
-    return tuple(Level(level.label, y.at(level.y)) for level in levels)
+    """Those that can be told apart: of some that are as good as one, the first."""
+    placed: list[Level] = []
+    for level in levels:
+        height = y.at(level.y)
+        if all(abs(height - other.y) > 14 for other in placed):
+            placed.append(Level(level.label, height))
+    return tuple(placed)
 
 
 def _finite(points: Iterable[XY]) -> list[XY]:

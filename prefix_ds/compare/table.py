@@ -46,7 +46,7 @@ def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], colum
     heads = [
         "",
         "run",
-        *_short_keys(keys),
+        *short_keys(keys),
         *(["seeds"] if has_seeds else []),
         *(["data"] if has_data else []),
     ]
@@ -80,7 +80,7 @@ def _differences(comparison: Comparison) -> Table:
     return table
 
 
-def _short_keys(keys: Sequence[str]) -> list[str]:
+def short_keys(keys: Sequence[str]) -> list[str]:
     """Without their sections where the names alone tell them apart."""
     names = [key.rpartition(".")[2] for key in keys]
     return names if len(set(names)) == len(names) else list(keys)
