@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 from prefix_ds.compare import Request, compare
+from prefix_ds.compare.command import comparison_of
 from prefix_ds.compare.comparison import Comparison, compared
 from prefix_ds.compare.data import as_data
 from prefix_ds.compare.folders import Folders
@@ -57,8 +58,7 @@ HOSTILE = [
 
 
 def of_folders(*paths: Path, by: str | None = None) -> Comparison:
-    source = Folders(paths)
-    return compared(source.name, source.runs(), by)
+    return comparison_of(Folders(paths), by)
 
 
 def row(comparison: Comparison, name: str) -> Row:
@@ -157,7 +157,7 @@ def test_scores_have_their_intervals_and_directions(tmp_path: Path) -> None:
         best(of_folders(tmp_path, by="test/ter")) == best(of_folders(tmp_path, by="test/perplexity")) == ["a"]
     )
     assert "42.00 [41.00, 43.00]" in on_terminal(comparison)
-    assert "10.00 [9.00, 11.00]" in page_of(comparison, tmp_path)
+    assert "<span>10.00</span> <span>[9.00, 11.00]</span>" in page_of(comparison, tmp_path)
     assert row(comparison, "bare base acme/base").values["test/loss"].value == 2.8
 
 
@@ -328,8 +328,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def of_mlflow(uri: str, experiment: str, by: str | None = None) -> Comparison:
     from prefix_ds.tracking.experiment import Experiment
 
-    source = MlflowRuns(Experiment(uri, experiment))
-    return compared(source.name, source.runs(), by)
+    return comparison_of(MlflowRuns(Experiment(uri, experiment)), by)
 
 
 def plain(comparison: Comparison) -> dict[str, object]:
@@ -371,6 +370,13 @@ def test_a_prefix_that_mlflow_lost_is_told(server: MlflowServer, tmp_path: Path)
         server.folder / "artifacts" / state["experiment_id"] / state["run_id"] / "artifacts" / "prefix"
     )
     assert of_mlflow(server.uri, "lost").warnings == (f"a: its result is gone ({state['run_id']})",)
+
+
+def test_a_database_can_be_read_where_its_files_cannot(server: MlflowServer, tmp_path: Path) -> None:
+    sync_run(made_run(tmp_path, "a", experiment="files elsewhere"), server.uri)
+    found = of_mlflow(f"sqlite:///{server.folder}/mlflow.db", "files elsewhere")
+    assert plain(found) == plain(of_mlflow(server.uri, "files elsewhere"))
+    assert found.warnings == ()
 
 
 def test_a_run_that_mlflow_knows_nothing_of_is_shown_as_such(server: MlflowServer) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from prefix_ds.files import write_text_atomically
 if TYPE_CHECKING:
     from prefix_ds.tracking.experiment import Experiment
 
+_ASKED = 10  # runs
 _WIDE = 240  # columns, where nobody's window sets a width
 
 
@@ -53,7 +54,7 @@ def compare(request: Request) -> Comparison:
         raise RunError("compare: name run folders, or an experiment (--experiment, --uri, --log), not both")
     experiment = None if request.runs else _experiment(request)
     source = Folders(request.runs) if experiment is None else MlflowRuns(experiment)
-    comparison = compared(source.name, source.runs(), request.by)
+    comparison = comparison_of(source, request.by)
     text = page(comparison, source, time.strftime("%Y-%m-%d %H:%M")) if request.html or request.log else ""
     if request.html:
         write_text_atomically(request.html, text)
@@ -61,6 +62,15 @@ def compare(request: Request) -> Comparison:
         _keep(experiment, comparison, text)
     _print(comparison, request.as_json)
     return comparison
+
+
+def comparison_of(source: Folders | MlflowRuns, by: str | None = None) -> Comparison:
+    """The comparison of what a source has. Whether results are there is asked again for the best runs."""
+    runs = source.runs()
+    comparison = compared(source.name, runs, by)
+    gone = source.gone([run for row in comparison.rows for run in row.members if row.is_trained][:_ASKED])
+    marked = [replace(run, result_is_gone=True) if run.place in gone else run for run in runs]
+    return compared(source.name, marked, by) if gone else comparison
 
 
 def _experiment(request: Request) -> "Experiment":

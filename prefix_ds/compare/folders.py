@@ -41,6 +41,10 @@ class Folders:
         """All of them. Raises PrefixError."""
         return [_seen(run) for run in self._runs]
 
+    def gone(self, runs: Sequence[Seen]) -> set[str]:
+        """None: `runs` has looked."""
+        return set()
+
     def histories(self, runs: Sequence[Seen], names: Sequence[str]) -> list[Histories]:
         """Of each run the values of some metrics at all steps."""
         return [

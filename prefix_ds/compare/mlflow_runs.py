@@ -2,8 +2,8 @@
 
 One request gives parameters, tags and the last values of all metrics of up to a thousand runs. A run that
 ended told its summary; of the others (they are running, or were logged by something else) the summary is made
-from their histories. Whether a result is still there is asked for prefixes alone: those of whole models are
-not sent to MLflow.
+from their histories. Whether a prefix is still there takes two requests a run, and so is asked for the best
+ones only; whole models are not sent to MLflow.
 
 Knows nothing of run folders, and of MLflow only what `tracking` gives.
 """
@@ -34,8 +34,14 @@ class MlflowRuns:
     def runs(self) -> list[Seen]:
         """All of them. Raises RunError."""
         told = self._experiment.runs()
-        summaries, gone = self._summaries(told), self._gone(told)
-        return [_seen(run, summaries[run.run_id], run.run_id in gone) for run in told]
+        summaries = self._summaries(told)
+        return [_seen(run, summaries[run.run_id]) for run in told]
+
+    def gone(self, runs: Sequence[Seen]) -> set[str]:
+        """The places of runs whose prefix MLflow was sent and no longer has."""
+        sent = [run.place for run in runs if _is_prefix(run) and "result_bytes" in run.values]
+        there = self._experiment.has_files(sent, "prefix")
+        return {place for place, has in zip(sent, there, strict=True) if not has}
 
     def histories(self, runs: Sequence[Seen], names: Sequence[str]) -> list[Histories]:
         """Of each run the values of some metrics at all steps. Raises RunError."""
@@ -48,20 +54,13 @@ class MlflowRuns:
         pairs = zip(untold, histories, strict=True)
         return found | {run.run_id: summary(h, run.metrics.get(_SIZE)) for run, h in pairs}
 
-    def _gone(self, told: "Sequence[ToldRun]") -> set[str]:
-        """Runs whose prefix MLflow was sent and no longer has."""
-        sent = [run.run_id for run in told if _SIZE in run.metrics and _is_prefix(run)]
-        there = self._experiment.has_files(sent, "prefix")
-        lost = {run.run_id for run in told if _lost_before(run)}
-        return lost | {run_id for run_id, has in zip(sent, there, strict=True) if not has}
-
 
 def _lost_before(run: "ToldRun") -> bool:
     """Whether the result was gone when the run's summary was sent."""
     return f"{_SUMMARY}valid_loss" in run.metrics and _SIZE not in run.metrics
 
 
-def _is_prefix(run: "ToldRun") -> bool:
+def _is_prefix(run: Seen) -> bool:
     return run.params.get("train.method") == "prefix"
 
 
@@ -73,7 +72,7 @@ def _told_summary(run: "ToldRun") -> dict[str, float]:
     }
 
 
-def _seen(run: "ToldRun", numbers: dict[str, float], is_gone: bool) -> Seen:
+def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
     found = told_evaluations(run.metrics)
     return Seen(
         run.name,
@@ -83,5 +82,5 @@ def _seen(run: "ToldRun", numbers: dict[str, float], is_gone: bool) -> Seen:
         data_of(run.params, run.datasets),
         {name: Value(number) for name, number in numbers.items()} | found.trained,
         found.untrained,
-        result_is_gone=is_gone,
+        result_is_gone=_lost_before(run),
     )

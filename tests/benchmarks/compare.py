@@ -4,7 +4,8 @@
 
 The runs are written by the tracker itself, 400 lines of metrics each, three seeds of each configuration, and
 sent to MLflow by `sync`. Then the command is run as a user would run it, in a process of its own, from its
-start to its end; printed are the median of five times, the shortest and the longest.
+start to its end; printed are the median of five times, the shortest and the longest, and the processor time of
+the command, which tells how much of it was waiting for others on a busy machine.
 """
 
 import os
@@ -69,16 +70,19 @@ def measure_mlflow(folder, runs):
 
 
 def show(kind, words):
-    seconds = [timed(words) for _ in range(REPEATS)]
-    median = statistics.median(seconds)
-    print(f"{kind:16s} {median:6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
+    seconds, busy = zip(*(timed(words) for _ in range(REPEATS)), strict=True)
+    median, processor = statistics.median(seconds), statistics.median(busy)
+    spread = f"({min(seconds):.2f} to {max(seconds):.2f})"
+    print(f"{kind:16s} {median:6.2f} s {spread:18s} {processor:.2f} s of processor", flush=True)
 
 
 def timed(words):
     command = [sys.executable, "-m", "prefix_ds", "compare", *map(str, words)]
-    began = time.perf_counter()
+    began, before = time.perf_counter(), os.times()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    after = os.times()
+    busy = sum(getattr(after, k) - getattr(before, k) for k in ("children_user", "children_system"))
+    return time.perf_counter() - began, busy
 
 
 if __name__ == "__main__":
