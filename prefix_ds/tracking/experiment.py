@@ -78,7 +78,7 @@ class Experiment:
         return [{name: history for name in names if (history := next(lists))} for _ in run_ids]
 
     def has_files(self, run_ids: Sequence[str], folder: str) -> list[bool]:
-        """Whether each run has artifacts in `folder`; a store that does not answer is believed to have them."""
+        """Whether each run has artifacts in `folder`, as far as their store answers."""
         return self._asked(lambda run_id: self._has_files(run_id, folder), run_ids)
 
     def keep_report(self, name: str, texts: Mapping[str, str]) -> None:
