@@ -5,7 +5,9 @@ Knows nothing of how it was made; imports rich and nothing heavy.
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,21 +17,32 @@ from prefix_ds.compare.rows import Row
 from prefix_ds.errors import printable
 
 KEYS_BESIDE = 3  # so many differing keys stand in the first table; more have one of their own
+_NARROWEST = 12  # characters of the column of names
 _LONGEST = 40  # characters of a value or a name
 
 
 def show(console: Console, comparison: Comparison) -> None:
     """The tables, then the warnings."""
-    beside = comparison.keys if len(comparison.keys) <= KEYS_BESIDE else ()
+    beside = _keys_beside(console, comparison)
     console.print(Text(printable(_heading(comparison)), style="bold"), soft_wrap=True)
     for table in comparison.tables:
         console.print(_figures(table.title, comparison.rows, beside, table))
     for table in comparison.tables if comparison.has_seeds else ():
         console.print(_figures(f"{table.title}, each run", comparison.runs, (), table))
-    if len(comparison.keys) > KEYS_BESIDE:
+    if comparison.keys and not beside:
         console.print(_differences(comparison))
     for line in comparison.warnings:
         console.print(Text(f"warning: {printable(line)}", style="yellow"), soft_wrap=True)
+
+
+def _keys_beside(console: Console, comparison: Comparison) -> Sequence[str]:
+    """The differing keys, where they are few and there is room for them beside the numbers; else none."""
+    keys, columns = comparison.keys, comparison.tables[0]
+    if len(keys) > KEYS_BESIDE:
+        return ()
+    table = _figures(columns.title, comparison.rows, keys, columns)
+    wished = Measurement.get(console, console.options.update(width=10 * console.width), table)
+    return keys if wished.maximum <= console.width else ()
 
 
 def _heading(comparison: Comparison) -> str:
@@ -38,7 +51,8 @@ def _heading(comparison: Comparison) -> str:
 
 
 def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], columns: Columns) -> Table:
-    table, names, rows = Table(title=title, title_justify="left"), columns.measures, columns.rows(all_rows)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    names, rows = columns.measures, columns.rows(all_rows)
     keys = all_keys if columns.is_first else ()
     has_data = columns.is_first and any(row.data for row in rows)
     has_notes = columns.is_first and any(row.notes for row in rows)
@@ -51,9 +65,9 @@ def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], colum
         *(["data"] if has_data else []),
     ]
     for head in heads:
-        table.add_column(head, overflow="fold")
+        table.add_column(head, overflow="fold", min_width=_NARROWEST if head == "run" else None)
     for name in names:
-        table.add_column(measures.title(name), justify="right")
+        table.add_column(measures.title(name), justify="right", overflow="fold")
     if has_notes:
         table.add_column("")
     for row in rows:
@@ -72,11 +86,11 @@ def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], colum
 
 def _differences(comparison: Comparison) -> Table:
     """A line a key, a column a value that it has: of many runs most share one."""
-    table = Table("key", "value", "runs", title="What differs", title_justify="left")
+    table = Table("key", "value", "runs", title="What differs", title_justify="left", box=box.SIMPLE_HEAD)
     for key in comparison.keys:
         for place, (value, names) in enumerate(by_value(key, comparison.rows).items()):
             cells = (key if not place else "", short(value) or "none", short(", ".join(names), 3 * _LONGEST))
-            table.add_row(*map(Text, cells), end_section=False)
+            table.add_row(*map(Text, cells))
     return table
 
 
