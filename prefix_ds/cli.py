@@ -176,6 +176,29 @@ def sync(run: Run) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="run folders, or folders of them", metavar="[RUN]...")
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="instead of folders: an experiment of MLflow; none: prefix-ds")
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow's server; none: sqlite:///mlflow.db")] = None,
+    by: Annotated[str | None, typer.Option(help="what makes a run the best; none: validation loss")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page that needs no network")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the same, for programs")] = False,
+    log: Annotated[
+        bool, typer.Option("--log", help="keep the page in MLflow, and nest runs by seed")
+    ] = False,
+) -> None:
+    """Put runs side by side: what differs, losses and scores, what each took, which is best."""
+    from prefix_ds.compare import Request
+    from prefix_ds.compare import compare as show
+
+    show(Request(runs or (), experiment, uri, by, html, as_json, log))
+
+
+@app.command()
 def links() -> None:
     """Measure how fast the ranks of a job reach each other (prefix-launch doctor runs it)."""
     from prefix_ds.links import links as measure

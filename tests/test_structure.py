@@ -17,7 +17,7 @@ FLOORS = [
     {"model", "loading", "logs", "run_folder"},
     {"engine", "initial", "result", "rows", "speed", "suitability"},
     {"loop", "memory", "opening", "export", "plan"},
-    {"train", "generate", "check", "init", "importing", "links"},
+    {"train", "generate", "check", "init", "importing", "links", "compare"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -32,8 +32,11 @@ DOORS = {
     "bitsandbytes": {"int8"},
     "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs", "plan"},
     "datasets": {"data", "logs"},
+    "jinja2": {"compare"},
+    "matplotlib": set(),
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}
+TORCH_FREE |= {"compare", "tracking"}
 
 
 def modules():
@@ -108,7 +111,7 @@ def test_the_launcher_needs_nothing_heavy_and_of_the_product_two_rooms(path):
         assert is_ours or package in allowed, f"{path}: imports {name}"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["compare", "--help"]])
 def test_help_loads_nothing_heavy(words):
     heavy = ("torch", "deepspeed", "transformers", "datasets", "mlflow", "numpy")
     program = (

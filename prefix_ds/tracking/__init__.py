@@ -1,27 +1,51 @@
 """Where numbers go: JSON lines, MLflow, a progress bar."""
 
-from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags, without_secrets
+from prefix_ds.tracking.facts import (
+    DatasetFacts,
+    Facts,
+    flattened,
+    has_facts,
+    process_tags,
+    read_facts,
+    without_secrets,
+)
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
 from prefix_ds.tracking.progress import CONSOLE, Progress, progress_bar
+from prefix_ds.tracking.summary import (
+    SOURCES,
+    Histories,
+    Point,
+    histories_of,
+    result_bytes,
+    summary,
+)
 from prefix_ds.tracking.sync import sync_run
 from prefix_ds.tracking.tracker import SilentTracker, Status, Tracker, open_tracker
 
 __all__ = [
     "CONSOLE",
+    "SOURCES",
     "DatasetFacts",
     "Facts",
+    "Histories",
+    "Point",
     "Progress",
     "Record",
     "SilentTracker",
     "Status",
     "Tracker",
     "flattened",
+    "has_facts",
+    "histories_of",
     "masked",
     "open_tracker",
     "process_tags",
     "progress_bar",
+    "read_facts",
     "read_metrics",
+    "result_bytes",
+    "summary",
     "sync_run",
     "without_secrets",
 ]

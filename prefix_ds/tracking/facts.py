@@ -76,6 +76,11 @@ def read_facts(run: Path) -> Facts:
         raise RunError(f"{path}: cannot be read: {error}; a run folder was expected") from error
 
 
+def has_facts(run: Path) -> bool:
+    """Whether a run folder has facts; one that was imported has not."""
+    return (run / _FILE).is_file()
+
+
 def flattened(tree: Mapping[str, Any]) -> dict[str, str]:
     """A configuration as `section.key: value`, all text; None is left out."""
     return dict(_leaves(tree, ""))

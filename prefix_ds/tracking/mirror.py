@@ -127,6 +127,7 @@ class Mirror:
         self._open()
         for _ in self._run.send_metrics():
             pass
+        self._run.send_summary()
         self._run.send_status(self._trainer.status)
         self.has_all = self._send_files(is_last=True)
 

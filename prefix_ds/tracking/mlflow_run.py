@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import FILE as METRICS_FILE
-from prefix_ds.tracking.metrics import MetricsReader, Record
+from prefix_ds.tracking.metrics import MetricsReader, Record, read_metrics
 from prefix_ds.tracking.mlflow_terms import (
     METRICS_A_REQUEST,
     PARAMETER_LENGTH,
@@ -35,6 +35,7 @@ from prefix_ds.tracking.mlflow_terms import (
     plain_key,
 )
 from prefix_ds.tracking.state import read_state, write_state
+from prefix_ds.tracking.summary import histories_of, result_bytes, summary
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,18 @@ class MlflowRun:
             self._save()
             del self._unsent[: len(records)]
             yield len(records)
+
+    def send_summary(self) -> None:
+        """Sends what the run came to, so that MLflow's table of runs can be sorted by it."""
+        records = read_metrics(self._folder)
+        if not records:
+            return
+        values = summary(histories_of(records), result_bytes(self._folder))
+        named = {f"summary/{name}": value for name, value in values.items()}
+        step = max(record.step for record in records)  # an evaluation may be of an earlier one
+        if metrics := self._not_sent([Record(step, time.time(), named)]):
+            self._send(metrics)
+            self._save()
 
     def send_sample(self, values: dict[str, float]) -> None:
         """Sends one sample of the machine's state. Not repeated when it fails."""

@@ -46,6 +46,7 @@ def _sent(run: Path, uri: str) -> int:
         for count in there.send_metrics():
             sent += count
             bar.at(sent)
+    there.send_summary()
     there.send_status("FAILED")  # if nobody could say how it ended
     there.send_files(is_last=True)
     return sent

@@ -1,0 +1,104 @@
+"""Runs from their folders.
+
+A run's facts are those that were noted for MLflow (`facts.json`); a folder without them, one that was
+imported, has its `run.yaml`. The last line of `metrics.jsonl` may be half written, since a run may be writing
+it. Knows nothing of MLflow.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from prefix_ds.compare.evaluations import read_evaluations
+from prefix_ds.compare.seen import DataSet, Seen, Value
+from prefix_ds.errors import RunError
+from prefix_ds.run_folder import open_run
+from prefix_ds.tracking import (
+    DatasetFacts,
+    Facts,
+    Histories,
+    flattened,
+    has_facts,
+    histories_of,
+    read_facts,
+    read_metrics,
+    result_bytes,
+    summary,
+    without_secrets,
+)
+
+_SPLITS = ("train", "valid", "test")
+
+
+class Folders:
+    """The runs of some folders: runs themselves, or folders of runs."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises RunError for a folder that is neither."""
+        self.name = ", ".join(map(str, paths))
+        self._runs = list(dict.fromkeys(run for path in paths for run in _runs_in(path)))
+
+    def runs(self) -> list[Seen]:
+        """All of them. Raises PrefixError."""
+        return [_seen(run) for run in self._runs]
+
+    def gone(self, runs: Sequence[Seen]) -> set[str]:
+        """None: `runs` has looked."""
+        return set()
+
+    def histories(self, runs: Sequence[Seen], names: Sequence[str]) -> list[Histories]:
+        """Of each run the values of some metrics at all steps."""
+        return [
+            {
+                name: history
+                for name, history in histories_of(read_metrics(Path(run.place))).items()
+                if name in names
+            }
+            for run in runs
+        ]
+
+
+def data_of(params: dict[str, str], noted: Sequence[DatasetFacts]) -> dict[str, DataSet]:
+    """The splits of a run: as the configuration names them, with the digests that were noted."""
+    digests = {facts.context: facts.digest for facts in noted}
+    sources = {split: params[f"data.{split}"] for split in _SPLITS if f"data.{split}" in params}
+    return {split: DataSet(source, digests.get(split, "")) for split, source in sources.items()}
+
+
+def _runs_in(path: Path) -> Iterator[Path]:
+    if (path / "run.yaml").is_file():
+        yield path
+        return
+    below = sorted(folder.parent for folder in path.glob("*/run.yaml"))
+    if not below:
+        raise RunError(f"{path}: is no run folder and has none in it: there is no run.yaml")
+    yield from below
+
+
+def _seen(run: Path) -> Seen:
+    facts = read_facts(run) if has_facts(run) else _facts_of_config(run)
+    found, size = read_evaluations(run), result_bytes(run)
+    numbers = summary(histories_of(read_metrics(run)), size)
+    data = data_of(facts.params, facts.datasets)
+    data |= {split: DataSet(source) for split, source in found.sources.items() if not _is_noted(split, data)}
+    return Seen(
+        facts.name,
+        str(run),
+        facts.status or "RUNNING",
+        facts.params,
+        data,
+        {name: Value(number) for name, number in numbers.items()} | found.trained,
+        found.untrained,
+        result_is_gone=size is None and "valid_loss" in numbers,
+    )
+
+
+def _facts_of_config(run: Path) -> Facts:
+    _, config = open_run(run)
+    params = flattened(without_secrets(config.model_dump(mode="json")))
+    name = config.mlflow.name or run.resolve().name
+    return Facts(config.mlflow.experiment, name, params, {}, status="FINISHED")
+
+
+def _is_noted(split: str, data: dict[str, DataSet]) -> bool:
+    """Whether training read it; another file evaluated later is what `data.test` means then."""
+    return split in data and bool(data[split].digest)

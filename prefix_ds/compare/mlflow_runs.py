@@ -1,0 +1,86 @@
+"""Runs from an experiment of MLflow.
+
+One request gives parameters, tags and the last values of all metrics of up to a thousand runs. A run that
+ended told its summary; of the others (they are running, or were logged by something else) the summary is made
+from their histories. Whether a prefix is still there takes two requests a run, and so is asked for the best
+ones only; whole models are not sent to MLflow.
+
+Knows nothing of run folders, and of MLflow only what `tracking` gives.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prefix_ds.compare.evaluations import told_evaluations
+from prefix_ds.compare.folders import data_of
+from prefix_ds.compare.seen import Seen, Value
+from prefix_ds.tracking import SOURCES, Histories, summary
+
+if TYPE_CHECKING:
+    from prefix_ds.tracking.experiment import Experiment, ToldRun
+
+_SUMMARY = "summary/"
+_SIZE = f"{_SUMMARY}result_bytes"
+
+
+class MlflowRuns:
+    """The runs of one experiment."""
+
+    def __init__(self, experiment: "Experiment") -> None:
+        """Reads nothing yet."""
+        self._experiment = experiment
+        self.name = f"experiment {experiment.name} at {experiment.address}"
+
+    def runs(self) -> list[Seen]:
+        """All of them. Raises RunError."""
+        told = self._experiment.runs()
+        summaries = self._summaries(told)
+        return [_seen(run, summaries[run.run_id]) for run in told]
+
+    def gone(self, runs: Sequence[Seen]) -> set[str]:
+        """The places of runs whose prefix MLflow was sent and no longer has."""
+        sent = [run.place for run in runs if _is_prefix(run) and "result_bytes" in run.values]
+        there = self._experiment.has_files(sent, "prefix")
+        return {place for place, has in zip(sent, there, strict=True) if not has}
+
+    def histories(self, runs: Sequence[Seen], names: Sequence[str]) -> list[Histories]:
+        """Of each run the values of some metrics at all steps. Raises RunError."""
+        return self._experiment.histories([run.place for run in runs], names)
+
+    def _summaries(self, told: "Sequence[ToldRun]") -> dict[str, dict[str, float]]:
+        found = {run.run_id: _told_summary(run) for run in told}
+        untold = [run for run in told if not found[run.run_id] and set(SOURCES) & set(run.metrics)]
+        histories = self._experiment.histories([run.run_id for run in untold], SOURCES)
+        pairs = zip(untold, histories, strict=True)
+        return found | {run.run_id: summary(h, run.metrics.get(_SIZE)) for run, h in pairs}
+
+
+def _lost_before(run: "ToldRun") -> bool:
+    """Whether the result was gone when the run's summary was sent."""
+    return f"{_SUMMARY}valid_loss" in run.metrics and _SIZE not in run.metrics
+
+
+def _is_prefix(run: Seen) -> bool:
+    return run.params.get("train.method") == "prefix"
+
+
+def _told_summary(run: "ToldRun") -> dict[str, float]:
+    return {
+        name.removeprefix(_SUMMARY): value
+        for name, value in run.metrics.items()
+        if name.startswith(_SUMMARY) and run.status != "RUNNING"
+    }
+
+
+def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
+    found = told_evaluations(run.metrics)
+    return Seen(
+        run.name,
+        run.run_id,
+        run.status,
+        run.params,
+        data_of(run.params, run.datasets),
+        {name: Value(number) for name, number in numbers.items()} | found.trained,
+        found.untrained,
+        result_is_gone=_lost_before(run),
+    )

@@ -1,0 +1,191 @@
+"""An experiment of MLflow, read: its runs with all that is known of each, and histories where wanted.
+
+And written to in one way: a report as the artifact of a run of its own, and runs of equal configuration below
+a parent, so that MLflow's pages show them nested. Both are found again by a tag, so a second report replaces
+the first; such runs are none of those that are read.
+
+Requests for single runs are made by a few threads, since a server answers one in some milliseconds and there
+may be hundreds. Knows nothing of run folders or of what is done with the runs.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mlflow.entities import DatasetInput, Metric, Run
+from mlflow.tracking import MlflowClient
+
+from prefix_ds.errors import PrefixError, RunError
+from prefix_ds.tracking.facts import DatasetFacts
+from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.mlflow_terms import milliseconds, plain_key, quiet_mlflow
+from prefix_ds.tracking.state import absolute_uri
+from prefix_ds.tracking.summary import Histories, Point
+
+KIND_TAG = "prefix_ds.kind"  # of runs that were not trained but made to show others
+_PARENT_TAG = "mlflow.parentRunId"
+_NOW = "now."  # a parameter that changed (see mlflow_run)
+_THREADS = 8
+_PAGE = 1000  # runs a request
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class ToldRun:
+    """A run as MLflow knows it."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]  # their last values
+    tags: dict[str, str]
+    datasets: tuple[DatasetFacts, ...]
+
+
+class Experiment:
+    """One experiment on one server."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        """Looks for it. Raises RunError: there is no such server, database or experiment."""
+        quiet_mlflow()
+        self.name, self.address = name, masked(uri, uri)
+        self._uri = absolute_uri(uri)
+        _check_is_there(self._uri, self.address)
+        with self._telling():
+            self._client = MlflowClient(tracking_uri=self._uri)
+            found = self._client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage != "active":
+            raise RunError(f"{self.address}: has no experiment {name!r}; it has: {self._others()}")
+        self._id = str(found.experiment_id)
+
+    def runs(self) -> list[ToldRun]:
+        """All that were trained, the oldest first. Raises RunError."""
+        return [_told(run) for run in self._found("") if KIND_TAG not in run.data.tags]
+
+    def histories(self, run_ids: Sequence[str], names: Sequence[str]) -> list[Histories]:
+        """Of each run the values of some metrics at all steps. Raises RunError."""
+        pairs = [(run_id, name) for run_id in run_ids for name in names]
+        lists = iter(self._asked(lambda pair: self._history(*pair), pairs))
+        return [{name: history for name in names if (history := next(lists))} for _ in run_ids]
+
+    def has_files(self, run_ids: Sequence[str], folder: str) -> list[bool]:
+        """Whether each run has artifacts in `folder`, as far as their store answers."""
+        return self._asked(lambda run_id: self._has_files(run_id, folder), run_ids)
+
+    def keep_report(self, name: str, texts: Mapping[str, str]) -> None:
+        """Makes texts the artifacts of a run of that name, in place of its earlier ones. Raises RunError."""
+        with self._telling():
+            run_id = self._made_run("comparison", name, name)
+            for file, text in texts.items():
+                self._client.log_text(run_id, text, file)
+            self._client.set_terminated(run_id)
+
+    def nest(self, key: str, name: str, run_ids: Sequence[str], figures: Mapping[str, float]) -> None:
+        """Puts runs below one parent, which shows `figures`; where they hang already they stay.
+
+        Raises RunError.
+        """
+        with self._telling():
+            parent, now = self._made_run("seeds", key, name), milliseconds(time.time())
+            self._client.update_run(parent, name=name)
+            self._client.log_batch(
+                parent, [Metric(plain_key(n), value, now, 0) for n, value in figures.items()]
+            )
+            for run_id in run_ids:
+                if _PARENT_TAG not in self._client.get_run(run_id).data.tags:
+                    self._client.set_tag(run_id, _PARENT_TAG, parent)
+            self._client.set_terminated(parent)
+
+    def _made_run(self, kind: str, key: str, name: str) -> str:
+        """The run of that kind and key, made if there is none."""
+        mark = f"{kind} {key}"
+        for run in self._found(f"tags.`{KIND_TAG}` != ''"):
+            if run.data.tags[KIND_TAG] == mark:
+                return str(run.info.run_id)
+        made = self._client.create_run(self._id, tags={KIND_TAG: mark}, run_name=name)
+        return str(made.info.run_id)
+
+    def _found(self, query: str) -> list[Run]:
+        found: list[Run] = []
+        token: str | None = None
+        with self._telling():
+            while True:
+                page = self._client.search_runs(
+                    [self._id], query, max_results=_PAGE, order_by=["attributes.start_time"], page_token=token
+                )
+                found += page
+                token = page.token
+                if not token:
+                    return found
+
+    def _has_files(self, run_id: str, folder: str) -> bool:
+        try:
+            return bool(self._client.list_artifacts(run_id, folder))
+        except Exception:  # no password for it here, or only its server can reach it
+            return True
+
+    def _history(self, run_id: str, name: str) -> list[Point]:
+        told = self._client.get_metric_history(run_id, name)
+        return [Point(m.step, _number(m.value)) for m in sorted(told, key=lambda m: (m.step, m.timestamp))]
+
+    def _asked(self, ask: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
+        with self._telling(), ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(ask, items))
+
+    def _others(self) -> str:
+        with self._telling():
+            names = [experiment.name for experiment in self._client.search_experiments()]
+        return ", ".join(sorted(names)) or "none"
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Whatever MLflow or its store raises becomes one line."""
+        try:
+            yield
+        except PrefixError:
+            raise
+        except Exception as error:
+            words = " ".join(masked(str(error), self._uri).split())
+            raise RunError(f"{self.address}: MLflow does not answer: {words[:300]}") from None
+
+
+def _check_is_there(uri: str, address: str) -> None:
+    """MLflow would make a database, or a folder, that is not there."""
+    scheme, _, place = uri.partition(":///") if uri.startswith("sqlite:") else ("", "", uri)
+    is_local = bool(scheme) or ("://" not in uri and not uri.startswith("databricks"))
+    if is_local and not Path(place).exists():
+        raise RunError(f"{address}: there is no such database; name run folders, or --uri")
+
+
+def _told(run: Run) -> ToldRun:
+    tags = dict(run.data.tags)
+    changed = {name.removeprefix(_NOW): value for name, value in tags.items() if name.startswith(_NOW)}
+    return ToldRun(
+        run.info.run_id,
+        run.info.run_name or run.info.run_id,
+        run.info.status,
+        dict(run.data.params) | changed,
+        {name: _number(value) for name, value in run.data.metrics.items()},
+        tags,
+        tuple(_dataset(given) for given in (run.inputs.dataset_inputs if run.inputs else ())),
+    )
+
+
+def _number(value: float) -> float:
+    """A database of MLflow keeps the largest number where infinity was meant."""
+    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
+
+
+def _dataset(given: DatasetInput) -> DatasetFacts:
+    context = next((tag.value for tag in given.tags if tag.key == "mlflow.data.context"), "")
+    dataset = given.dataset
+    return DatasetFacts(dataset.name, dataset.digest, context, dataset.source)

@@ -1,0 +1,515 @@
+"""Runs side by side.
+
+Laws: folders and MLflow give the same comparison; the best is marked among rows of the same data, and never
+silently across; a run may be called anything and may be missing anything; the page needs nothing but itself.
+
+The server is MLflow's own on loopback, the browser a real one without a network.
+"""
+
+import html
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from prefix_ds.compare import Request, compare
+from prefix_ds.compare.command import comparison_of
+from prefix_ds.compare.comparison import Comparison, compared
+from prefix_ds.compare.data import as_data
+from prefix_ds.compare.folders import Folders
+from prefix_ds.compare.mlflow_runs import MlflowRuns
+from prefix_ds.compare.page import page
+from prefix_ds.compare.rows import Row
+from prefix_ds.compare.table import show
+from prefix_ds.errors import RunError, printable
+from prefix_ds.tracking import sync_run
+from tests.browser import PROGRAM, Tab, opened
+from tests.compared import (
+    BASE_LOSS,
+    INSTRUCTION_LOSS,
+    a_sweep,
+    evaluated,
+    evaluation_metrics,
+    made_run,
+)
+from tests.mlflow_server import MlflowServer, free_port
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }} {% raw %}",
+    "[bold red]x[/] [link=http://example.com]y[/link]",
+    "two\nlines\x1b[31m and a bell\a",
+    "'; DROP TABLE runs; --",
+    "très long " * 40,
+    "\u202edesrever",
+]
+
+
+def of_folders(*paths: Path, by: str | None = None) -> Comparison:
+    return comparison_of(Folders(paths), by)
+
+
+def row(comparison: Comparison, name: str) -> Row:
+    (found,) = [row for row in comparison.rows if row.name == name]
+    return found
+
+
+def names(comparison: Comparison) -> list[str]:
+    return [row.name for row in comparison.rows]
+
+
+def best(comparison: Comparison) -> list[str]:
+    return [row.name for row in comparison.rows if row.is_best]
+
+
+def on_terminal(comparison: Comparison, width: int = 240) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    show(console, comparison)
+    return console.export_text()
+
+
+def page_of(comparison: Comparison, *paths: Path) -> str:
+    return page(comparison, Folders(paths), "today")
+
+
+# What is said of runs
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    found = row(of_folders(tmp_path), "prefix-0.3")
+    losses = [1.4, 1.41, 1.45]
+    value = found.values["valid_loss"]
+    assert found.seeds == ["0", "1", "2"]
+    assert value.value == pytest.approx(statistics.fmean(losses))
+    assert value.deviation == pytest.approx(statistics.stdev(losses))
+    assert value.count == 3
+    assert found.values["result_bytes"].value == 1000
+    assert f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}" in on_terminal(
+        of_folders(tmp_path)
+    )
+
+
+def test_the_best_is_first_and_marked(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == ["full"]
+    told = ["full", "prefix-0.3", "prefix-0.1", "instruction alone: Say it in short:", "bare base acme/base"]
+    assert names(comparison) == told
+    assert [row.name for row in comparison.runs if row.is_best] == ["full"]
+    assert best(of_folders(tmp_path, by="size")) == ["prefix-0.1"]
+    assert best(of_folders(tmp_path, by="tokens/s")) == ["full"]  # all are alike: the first by name
+
+
+def test_only_keys_that_differ_are_shown(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    assert of_folders(tmp_path).keys == ("train.method", "train.lr")
+    prefixes = of_folders(*sorted(tmp_path.iterdir())[:6])
+    assert prefixes.keys == ("train.lr",)
+    assert row(prefixes, "prefix-0.1").keys == {"train.lr": "0.1"}
+
+
+def test_a_key_that_some_runs_lack_differs(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    made_run(tmp_path, "b", "prefix.length=9")
+    assert of_folders(tmp_path).keys == ("prefix.length",)
+    assert row(of_folders(tmp_path), "a").keys == {"prefix.length": ""}
+
+
+def test_ways_without_training_come_out_of_the_runs(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    comparison = of_folders(tmp_path)
+    assert row(comparison, "bare base acme/base").values["valid_loss"].value == BASE_LOSS
+    instruction = row(comparison, "instruction alone: Say it in short:")
+    assert instruction.values["valid_loss"].value == INSTRUCTION_LOSS
+    assert len(instruction.members) == 6
+
+
+def test_a_random_start_is_no_instruction(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", "prefix.init=random", "prefix.length=4", "prefix.text=null")
+    assert names(of_folders(tmp_path)) == ["a"]
+
+
+def test_scores_have_their_intervals_and_directions(tmp_path: Path) -> None:
+    a, b = made_run(tmp_path, "a", loss=1.5), made_run(tmp_path, "b", "train.lr=1", loss=1.6)
+    evaluated(a, "test", 1.7, {"rougeL": (40.0, 39.0, 41.0), "ter": (60.0, 59.0, 61.0)})
+    evaluated(b, "test", 1.8, {"rougeL": (42.0, 41.0, 43.0), "ter": (62.0, 61.0, 63.0)})
+    evaluated(b, "test.bare", 2.8, {"rougeL": (10.0, 9.0, 11.0), "ter": (90.0, 89.0, 91.0)})
+    evaluated(b, "test.instruction", 2.4, {"rougeL": (20.0, 19.0, 21.0), "ter": (80.0, 79.0, 81.0)})
+    assert best(of_folders(tmp_path)) == ["a"]
+    comparison = of_folders(tmp_path, by="rougeL")
+    assert comparison.by == "test/rougeL"
+    assert names(comparison) == ["b", "a", "instruction alone: Say it in short:", "bare base acme/base"]
+    assert best(comparison) == ["b"]
+    assert (
+        best(of_folders(tmp_path, by="test/ter")) == best(of_folders(tmp_path, by="test/perplexity")) == ["a"]
+    )
+    assert "42.00 [41.00, 43.00]" in on_terminal(comparison)
+    assert "<span>10.00</span> <span>[9.00, 11.00]</span>" in page_of(comparison, tmp_path)
+    assert row(comparison, "bare base acme/base").values["test/loss"].value == 2.8
+
+
+def test_time_speed_and_memory_are_those_of_the_steps(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    values = {name: value.value for name, value in row(of_folders(tmp_path), "a").values.items()}
+    assert values["train_seconds"] == pytest.approx(20.0)  # 40 steps of half a second
+    assert values["tokens_per_second"] == statistics.median([1010, 1020, 1030, 1040])
+    assert values["peak_gib"] == pytest.approx(1.04)
+    assert values["valid_step"] == values["steps"] == 40
+
+
+def test_different_data_are_told_and_the_best_is_that_of_each(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", loss=1.5)
+    made_run(tmp_path, "b", "train.lr=1", loss=1.6)
+    other = {"train": "a" * 32, "valid": "c" * 32}
+    made_run(tmp_path, "c", "data.valid=easy.jsonl", loss=0.5, digests=other)
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == ["c", "a"]
+    (warning,) = comparison.warnings
+    assert re.match(r"validation data differ: A: valid.jsonl \(bbbbbbbb\), 2 runs; B: easy.jsonl", warning)
+    assert [row.data for row in comparison.runs] == ["B", "A", "A"]
+    assert f"warning: {warning}" in on_terminal(comparison)
+    text = page_of(comparison, tmp_path)
+    assert "Read this first" in text
+    assert "validation data differ" in text
+
+
+def test_the_same_data_under_another_path_are_the_same(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    made_run(tmp_path, "b", "data.valid=elsewhere/valid.jsonl", loss=1.0)
+    comparison = of_folders(tmp_path)
+    assert (comparison.warnings, best(comparison)) == ((), ["b"])
+
+
+def test_data_without_a_digest_go_by_their_names_and_targets(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", digests={"none": ""})
+    made_run(tmp_path, "b", "data.target=other {goal}")
+    told = [line.partition(":")[0] for line in of_folders(tmp_path).warnings]
+    assert told == ["training data differ", "validation data differ"]
+
+
+# What may be missing or broken
+
+
+def test_a_run_without_metrics_is_shown_as_such(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    new = made_run(tmp_path, "new", "train.lr=1", status="")
+    (new / "metrics.jsonl").unlink()
+    assert row(of_folders(tmp_path), "new").notes == ["no metrics yet", "not ended"]
+    assert "no metrics yet" in on_terminal(of_folders(tmp_path))
+    shutil.rmtree(new / "prefix")
+    assert row(of_folders(new), "new").notes == ["no metrics yet", "not ended"]
+    assert best(of_folders(new)) == []
+    assert "no metrics yet" in page_of(of_folders(new), new)
+
+
+def test_a_line_that_is_being_written_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = made_run(tmp_path, "a", loss=1.5)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "time": 1.0, "valid/lo')
+    assert row(of_folders(run), "a").values["valid_loss"].value == 1.5
+    assert caplog.text == ""
+
+
+def test_losses_that_are_no_numbers_are_never_the_best(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    made_run(tmp_path, "b", "train.lr=1", loss=math.nan, steps=0)
+    made_run(tmp_path, "c", "train.lr=2", loss=math.inf, steps=0)
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == ["a"]
+    json.dumps(as_data(comparison), allow_nan=False)
+    assert "not a number" in on_terminal(comparison)
+    assert "<svg" in page_of(comparison, tmp_path)
+
+
+def test_a_deleted_result_is_told(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    made_run(tmp_path, "b", "train.lr=1", size=0)
+    comparison = of_folders(tmp_path)
+    assert comparison.warnings == (f"b: its result is gone ({tmp_path}/0001)",)
+    assert row(comparison, "b").notes == ["result gone"]
+
+
+def test_a_run_that_was_imported_has_only_its_configuration(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a", "mlflow.name=imported")
+    for name in ("facts.json", "metrics.jsonl"):
+        (run / name).unlink()
+    assert names(of_folders(run)) == ["imported"]
+    assert row(of_folders(run), "imported").notes == ["no metrics yet"]
+
+
+def test_runs_are_found_one_folder_below(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    (tmp_path / "corpus").mkdir()
+    assert names(of_folders(tmp_path, tmp_path / "0000"))[0] == "a"
+
+
+def said(*words: object, code: int = 2, cwd: Path = ROOT) -> str:
+    """What the command says on the error stream; it ends with `code`, and with one line for a mistake."""
+    command = [sys.executable, "-m", "prefix_ds", "compare", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 2:
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    assert said(tmp_path / "0000" / "prefix").endswith(
+        "is no run folder and has none in it: there is no run.yaml\n"
+    )
+    assert "error: compare: name run folders, or an experiment" in said(tmp_path, "--experiment", "x")
+    assert "--by bleu: none of these runs has it; known: mfu, peak_gib" in said(tmp_path, "--by", "bleu")
+    assert "page.html: cannot be written: No such file" in said(
+        tmp_path, "--html", tmp_path / "no" / "page.html"
+    )
+    assert "sqlite:///mlflow.db: there is no such database" in said(cwd=tmp_path)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_files_that_are_broken_are_named(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    evaluated(run, "test", 1.0, {})
+    (run / "evaluate" / "test.json").write_text('{"scores": {"a": 3}')
+    with pytest.raises(RunError, match=r"evaluate/test\.json: is no evaluation: .*; evaluate again"):
+        of_folders(run)
+    (run / "facts.json").write_text("{")
+    with pytest.raises(RunError, match=r"facts\.json: cannot be read"):
+        of_folders(run)
+
+
+def test_a_score_that_may_be_either_of_two_is_asked_back(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    for split in ("test", "valid"):
+        evaluated(run, split, 1.0, {"bleu": (1.0, 0.0, 2.0)})
+    with pytest.raises(RunError, match="--by bleu: may be any of test/bleu, valid/bleu"):
+        of_folders(run, by="bleu")
+    assert of_folders(run, by="validation loss").by == "valid_loss"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_run_may_be_called_anything(tmp_path: Path, name: str) -> None:
+    made_run(tmp_path, name, "train.lr=1", f"prefix.text={json.dumps(name)}")
+    made_run(tmp_path, "b")
+    comparison = of_folders(tmp_path)
+    text = on_terminal(comparison)
+    assert "\x1b" not in text
+    assert "\a" not in text
+    assert json.loads(json.dumps(as_data(comparison)))["rows"][0]["name"]
+    markup = page_of(comparison, tmp_path)
+    assert "<script" not in markup
+    assert "<img" not in markup
+    assert printable(name) in html.unescape(markup)
+
+
+# MLflow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.stop()
+
+
+def of_mlflow(uri: str, experiment: str, by: str | None = None) -> Comparison:
+    from prefix_ds.tracking.experiment import Experiment
+
+    return comparison_of(MlflowRuns(Experiment(uri, experiment)), by)
+
+
+def plain(comparison: Comparison) -> dict[str, object]:
+    """What is said of the runs, without where they are."""
+    told = as_data(comparison) | {"source": ""}
+    for row in (*told["rows"], *told["runs"]):
+        row["places"] = len(row["places"])
+    return told
+
+
+SCORES = {"rougeL": (40.0, 39.0, 41.0), "bleu": (12.0, 11.0, 13.0)}
+
+
+def test_folders_and_a_server_give_the_same(server: MlflowServer, tmp_path: Path) -> None:
+    a_sweep(tmp_path, experiment="same")
+    other = {"train": "a" * 32, "valid": "d" * 32}
+    told = [(40, evaluation_metrics("test", 1.7, SCORES) | evaluation_metrics("test.bare", 2.8, SCORES))]
+    run = made_run(tmp_path, "other data", digests=other, more=told, experiment="same", status="KILLED")
+    evaluated(run, "test", 1.7, SCORES)
+    evaluated(run, "test.bare", 2.8, SCORES)
+    running = made_run(tmp_path, "running", "train.lr=7", experiment="same", status="")
+    for run in sorted(tmp_path.iterdir()):
+        sync_run(run, server.uri)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)
+    run_id = json.loads((running / "mlflow.json").read_text())["run_id"]
+    client.update_run(run_id, status="RUNNING")  # so that its summary is made from histories
+    for by in (None, "rougeL"):
+        assert plain(of_mlflow(server.uri, "same", by)) == plain(of_folders(tmp_path, by=by))
+
+
+def test_a_prefix_that_mlflow_lost_is_told(server: MlflowServer, tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a", experiment="lost")
+    sync_run(run, server.uri)
+    assert of_mlflow(server.uri, "lost").warnings == ()
+    state = json.loads((run / "mlflow.json").read_text())
+    shutil.rmtree(
+        server.folder / "artifacts" / state["experiment_id"] / state["run_id"] / "artifacts" / "prefix"
+    )
+    assert of_mlflow(server.uri, "lost").warnings == (f"a: its result is gone ({state['run_id']})",)
+
+
+def test_a_database_can_be_read_where_its_files_cannot(server: MlflowServer, tmp_path: Path) -> None:
+    sync_run(made_run(tmp_path, "a", experiment="files elsewhere"), server.uri)
+    found = of_mlflow(f"sqlite:///{server.folder}/mlflow.db", "files elsewhere")
+    assert plain(found) == plain(of_mlflow(server.uri, "files elsewhere"))
+    assert found.warnings == ()
+
+
+def test_a_run_that_mlflow_knows_nothing_of_is_shown_as_such(server: MlflowServer) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)
+    client.create_run(client.create_experiment("begun"), run_name="begun")
+    assert row(of_mlflow(server.uri, "begun"), "begun").notes == ["no metrics yet", "not ended"]
+
+
+def test_the_report_is_kept_and_seeds_are_nested(server: MlflowServer, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    for run in a_sweep(tmp_path, experiment="kept"):
+        sync_run(run, server.uri)
+    before = plain(of_mlflow(server.uri, "kept"))
+    for _ in range(2):
+        compare(Request(experiment="kept", uri=server.uri, log=True))
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("kept")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert len(runs) == 7 + 3
+    report = runs["comparison by validation loss"].info.run_id
+    assert [file.path for file in client.list_artifacts(report)] == ["comparison.json", "report.html"]
+    parent = runs["prefix-0.3 (3 seeds)"]
+    assert runs["prefix-0.3-s1"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert "mlflow.parentRunId" not in runs["full"].data.tags
+    assert parent.data.metrics["summary/valid_loss"] == pytest.approx(1.42)
+    assert parent.info.status == "FINISHED"
+    assert plain(of_mlflow(server.uri, "kept")) == before, "made runs are none of those compared"
+
+
+def test_an_unknown_experiment_names_those_that_exist(server: MlflowServer, tmp_path: Path) -> None:
+    sync_run(made_run(tmp_path, "a", experiment="known"), server.uri)
+    words = said("--experiment", "unknown", "--uri", server.uri)
+    assert re.search(r"has no experiment 'unknown'; it has: .*known", words)
+
+
+def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    words = said("--uri", f"http://bob:hunter2@127.0.0.1:{free_port()}")
+    assert re.match(r"error: http://\*\*\*@127.0.0.1:\d+: MLflow does not answer", words)
+    assert "hunter2" not in words
+    (tmp_path / "text.db").write_text("this is no database" * 100)
+    assert "text.db: MLflow does not answer" in said("--uri", f"sqlite:///{tmp_path}/text.db")
+
+
+# The page
+
+needs_browser = pytest.mark.skipif(not PROGRAM, reason="no chromium: apt-get install chromium")
+
+
+def test_the_page_names_no_other_place(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    text = page_of(of_folders(tmp_path), tmp_path)
+    assert "://" not in text
+    assert not re.search(r"<(script|img|iframe|object|embed)|@import|url\((?!#)", text)
+    assert text.startswith("<!doctype html>")
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Tab]:
+    with opened() as tab:
+        yield tab
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_opens_without_a_network(tab: Tab, tmp_path: Path, scheme: str, width: int) -> None:
+    runs = tmp_path / "runs"
+    for run in a_sweep(runs)[:4]:
+        evaluated(run, "test", 1.7, SCORES)
+    made_run(runs, "other", "train.lr=9", digests={"train": "a" * 32, "valid": "e" * 32})
+    file = tmp_path / "page.html"
+    file.write_text(page_of(of_folders(runs), runs))
+    tab.show(file, width, scheme)
+    assert tab.requests == [file.as_uri()]
+    assert tab.complaints == []
+    counts = "['table', 'caption', 'figure svg', 'polyline', 'circle', '.badge', 'tr.best', '.warnings li']"
+    found = tab.ask(f"{counts}.map(s => document.querySelectorAll(s).length)")
+    assert found[:3] == [5, 5, 4]
+    assert found[3:] == [8 * 3, 4, 8, 8, 1]
+    assert tab.ask("document.documentElement.scrollWidth <= window.innerWidth"), (
+        "the page itself never scrolls"
+    )
+    assert tab.ask("[...document.querySelectorAll('th')].every(t => t.scope)")
+    drawn = tab.ask("[...document.querySelectorAll('polyline')].map(p => getComputedStyle(p).stroke)")
+    assert len(set(drawn)) > 2
+    assert contrast(tab) > 4.5
+
+
+@needs_browser
+def test_nothing_in_a_name_is_run(tab: Tab, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for number, name in enumerate(HOSTILE):
+        made_run(runs, name, f"train.lr={number}", f"prefix.text={json.dumps(name)}", steps=10)
+    file = tmp_path / "page.html"
+    file.write_text(page_of(of_folders(runs), runs))
+    tab.show(file)
+    assert (tab.requests, tab.complaints) == ([file.as_uri()], [])
+    assert tab.ask("document.scripts.length + document.images.length") == 0
+    heads = tab.ask("[...document.querySelectorAll('tbody th')].map(t => t.title)")
+    assert set(map(printable, HOSTILE)) <= set(heads)
+
+
+@needs_browser
+def test_a_reader_of_screens_is_told_what_is_drawn(tab: Tab, tmp_path: Path) -> None:
+    a_sweep(tmp_path / "runs")
+    file = tmp_path / "page.html"
+    file.write_text(page_of(of_folders(tmp_path / "runs"), tmp_path / "runs"))
+    tab.show(file)
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    told = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n.get("ignored")]
+    images = [name for role, name in told if role in ("image", "img")]
+    assert any(name.startswith("Validation loss by step 7 curves of loss") for name in images)
+    assert {"columnheader", "rowheader", "table", "heading"} <= {role for role, _ in told}
+
+
+def contrast(tab: Tab) -> float:
+    """Between text and page, by the formula of WCAG."""
+    colours = tab.ask(
+        "['color', 'backgroundColor'].map(k => getComputedStyle(document.body)[k].match(/\\d+/g).map(Number))"
+    )
+    light, dark = sorted((luminance(c) for c in colours), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: list[float]) -> float:
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_an_empty_place_is_one_line() -> None:
+    with pytest.raises(RunError, match="nothing: there are no runs"):
+        compared("nothing", [])
