@@ -227,6 +227,20 @@ def first_here_first(world: World, work: Callable[[], Answer]) -> Answer:
     return answer if world.is_first_here else rest  # type: ignore[return-value]
 
 
+def numbers_in_turn(name: str) -> Iterator[int]:
+    """0, 1, 2 and so on, each for one rank: whoever is free takes the next, and nobody waits.
+
+    Every rank calls this with the same name, a new one for each piece of work.
+    """
+    import torch.distributed as group
+
+    store = group.distributed_c10d._get_default_store()
+    while True:
+        with peers_may_die():
+            number = store.add(f"prefix_ds/{name}", 1) - 1
+        yield number
+
+
 def wait_for_all() -> None:
     """Returns when every rank has called it."""
     import torch.distributed as group
