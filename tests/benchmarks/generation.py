@@ -111,7 +111,7 @@ def measured(folder, way, count):
         own = resident()
         forget_highest()
         wait_for_all()
-        copying = mock.patch.object(steps, "make_room", lambda *_: None) if way.copies else nullcontext()
+        copying = mock.patch.object(steps, "make_room", return_value=None) if way.copies else nullcontext()
         with counted_gathers() as gathers, copying:
             began = time.perf_counter()
             tokens = write(opened, prompts, way, world)
@@ -166,7 +166,8 @@ def in_batches(opened, prompts, way, world):
         return answers
 
     opened.lm.generate = counted
-    keys = GenerateKeys(max_new_tokens=NEW, batch_size=way.batch, gather=way.gather)
+    at_once = min(way.batch, max(1, len(prompts) // world.size))  # or a rank would repeat the other's
+    keys = GenerateKeys(max_new_tokens=NEW, batch_size=at_once, gather=way.gather)
     try:
         write_outputs(opened, prompts, keys, world)
     finally:
