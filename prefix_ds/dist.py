@@ -119,6 +119,17 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
             group.destroy_process_group()
 
 
+def lasting_world() -> World:
+    """The world of a process that is alone and stays: joined once, for whoever asks, and never left."""
+    if not _lasting:
+        joined = joined_world()
+        _lasting.append((joined.__enter__(), joined))
+    return _lasting[0][0]
+
+
+_lasting: list[tuple[World, "contextlib.AbstractContextManager[World]"]] = []
+
+
 def end_process(code: int) -> NoReturn:
     """Ends the process with this exit code, whatever becomes of its peers meanwhile.
 

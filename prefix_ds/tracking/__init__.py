@@ -3,6 +3,7 @@
 from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags, without_secrets
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
+from prefix_ds.tracking.models import log_model
 from prefix_ds.tracking.progress import CONSOLE, Progress, progress_bar
 from prefix_ds.tracking.sync import sync_run
 from prefix_ds.tracking.tracker import SilentTracker, Status, Tracker, open_tracker
@@ -17,6 +18,7 @@ __all__ = [
     "Status",
     "Tracker",
     "flattened",
+    "log_model",
     "masked",
     "open_tracker",
     "process_tags",
