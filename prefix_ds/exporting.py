@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from prefix_ds.card import Part, card, read_evaluations
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
+from prefix_ds.config import MlflowKeys, RunConfig
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.export import export_prefix
 from prefix_ds.files import telling_disk_errors
@@ -23,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
-    """Writes the prefix of the first path, with `merge` of all but the last, to the last. Raises PrefixError."""
+    """Writes the prefix of the first path, with `merge` those of all but the last, to the last.
+
+    Raises PrefixError.
+    """
     configure_logging()
     *runs, out = paths
     if not runs or (len(runs) > 1 and not merge):
@@ -54,9 +58,7 @@ def export_to_mlflow(run: Path, name: str, uri: str | None) -> str:
 def _part(run: Path) -> tuple[Part, SavedPrefix]:
     folder, config = open_run(run)
     if config.train.method != "prefix":
-        raise RunError(
-            f"{run}: train.method is {config.train.method}: it has no prefix; its model is a folder"
-        )
+        raise RunError(f"{run}: train.method is {config.train.method}: there is no prefix, only model/")
     prefix = read_prefix(folder.prefix)
     return Part(config, prefix.facts, prefix.length, read_evaluations(run)), prefix
 
@@ -66,8 +68,16 @@ def _slim_copy(run: Path, place: Path) -> Path:
     folder, config = open_run(run)
     slim = RunFolder(place / "run")
     slim.prefix.mkdir(parents=True)
-    write_config(slim, config)
+    write_config(slim, _found_from_anywhere(config))
     with telling_disk_errors(slim.prefix):
         for file in folder.prefix.glob("prefix.*"):
             (slim.prefix / file.name).write_bytes(file.read_bytes())
     return slim.path
+
+
+def _found_from_anywhere(config: RunConfig) -> RunConfig:
+    """The configuration with whole paths of base and tokenizer, and nothing of MLflow's own."""
+    names = {key: getattr(config.model, key) for key in ("name", "tokenizer")}
+    whole = {key: str(Path(name).absolute()) for key, name in names.items() if name and Path(name).is_dir()}
+    model = config.model.model_copy(update=whole)
+    return config.model_copy(update={"model": model, "mlflow": MlflowKeys(uri=None)})

@@ -3,9 +3,9 @@
 What holds. Keys and values carry no number of their place in the prefix, so
 
     order        a and b in either order give the same logits, and merging more of them is associative;
-    meaning      made of the keys and values of two texts, each at positions 0, 1, ... and without the other,
-                 the merged prefix is these two texts, neither of which sees the other, in front of a text that
-                 starts behind both.
+    meaning      made of the keys and values of two texts, each at positions 0, 1, ... and without the
+                 other, the merged prefix is these two texts, neither of which sees the other, in front of a
+                 text that starts behind both.
 
 What cannot hold. A prefix was trained in front of a text that begins at its own end. Merged, the text begins
 at the end of all: from the keys of a it is farther by the length of b, and the other way round (with learnt

@@ -1,7 +1,7 @@
 """A trained prefix as a model of MLflow: texts in, texts out.
 
-MLflow keeps this file itself, run.yaml and the prefix, and runs the file when it loads the model: nothing is a
-pickle. The base is the one that run.yaml names, by folder or by hub id and revision, and is never copied.
+MLflow keeps this file itself, run.yaml and the prefix, and runs the file when it loads the model: nothing is
+a pickle. The base is the one that run.yaml names, by folder or by hub id and revision, and is never copied.
 Texts are given to the model as they are, as with `prefix-ds generate --prompt`, and the section `generate` of
 run.yaml says how it answers.
 

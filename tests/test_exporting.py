@@ -1,4 +1,4 @@
-"""`prefix-ds export`: a card that tells the truth and loads what it says, merging by its laws, one-line refusals."""
+"""`prefix-ds export`: a card that is true and loads what it says, merging by its laws, one-line refusals."""
 
 import json
 import re
