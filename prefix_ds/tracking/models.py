@@ -7,6 +7,7 @@ of its own. Knows nothing of what the model does.
 import importlib.metadata
 from pathlib import Path
 
+from prefix_ds import __version__
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.tracking.facts import read_facts
@@ -53,6 +54,11 @@ def _logged(run: Path, name: str, code: Path, files: Path, uri: str) -> str:
             python_model=str(code),
             artifacts={"run": str(files)},
             registered_model_name=name,
-            pip_requirements=[f"{p}=={importlib.metadata.version(p)}" for p in ("prefix-ds", *_PACKAGES)],
+            pip_requirements=[f"prefix-ds=={__version__}", *map(_requirement, _PACKAGES)],
         )
     return f"models:/{name}/{info.registered_model_version}"
+
+
+def _requirement(package: str) -> str:
+    version, _, _build = importlib.metadata.version(package).partition("+")
+    return f"{package}=={version}"
