@@ -77,14 +77,21 @@ def _part(part: Part, number: str) -> str:
 
 
 def _origin(part: Part) -> list[tuple[str, str]]:
-    config, facts, train = part.config, part.facts, part.config.train
-    start = f"the keys and values of `{_line(config.prefix.text)}`"
+    facts = part.facts
     rows = [
         ("base", facts.base),
         ("revision", facts.revision or "not named"),
         ("family", facts.model_type),
-        ("base in training", f"{config.model.dtype}, {config.model.bits} bits"),
         ("positions", str(part.length)),
+    ]
+    return rows + (_training(part) if facts.step else [("training", "not known: it was imported")])
+
+
+def _training(part: Part) -> list[tuple[str, str]]:
+    config, facts, train = part.config, part.facts, part.config.train
+    start = f"the keys and values of `{_line(config.prefix.text)}`"
+    rows = [
+        ("base in training", f"{config.model.dtype}, {config.model.bits} bits"),
         ("started from", start if config.prefix.init == "text" else "noise"),
         ("training data", _source(config.data.train)),
         ("validation data", _source(config.data.valid)),

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,12 +108,25 @@ def test_the_cards_snippet_writes_what_we_write(run, tmp_path):
     assert without.out != ours
 
 
+def test_the_readmes_script_writes_what_we_write(run, tmp_path):
+    exported(tmp_path / "adapter", run)
+    code = snippet_of((Path(__file__).parents[1] / "README.md").read_text())
+    code = code.replace("runs/demo/base/model", str(run.parent / "base"))
+    code, count = re.subn(r'^prompt = ".*"$', f'prompt = "{PROMPT}"', code, flags=re.MULTILINE)
+    assert count == 1
+    (ended,) = command("generate", run, "generate.max_new_tokens=128", "--prompt", PROMPT)
+    assert outcome(code, tmp_path) == ended.out
+
+
 def test_an_imported_export_writes_the_same(run, tmp_path):
     exported(tmp_path / "peft", run)
     (ended,) = command("import", tmp_path / "peft", tmp_path / "back", "model.dtype=float32")
     assert ended.code == 0, ended.err
     (again,) = command("generate", tmp_path / "back", "generate.max_new_tokens=12", "--prompt", PROMPT)
     assert again.out == written_by_us(run)
+    card, _ = exported(tmp_path / "again", tmp_path / "back")
+    assert "| training | not known: it was imported |" in card
+    assert "| lr |" not in card
 
 
 def test_no_secret_reaches_a_card(run, tmp_path):

@@ -18,7 +18,13 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 _MARK = "_prefix_room"
 _LEAST_GROWTH = 64  # positions
@@ -95,6 +101,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.keys, self.values = (room.text() for room in self._rooms)
 
 
+_IN_ROWS = {RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer}
+
+
 def make_room(cache: Any, front: int) -> None:
     """Exchanges the plain layers of a cache that is still empty."""
     if type(cache) is not DynamicCache or cache.offloading:
@@ -105,11 +114,8 @@ def make_room(cache: Any, front: int) -> None:
 
 
 def may_leave(cache: Any) -> bool:
-    """Whether single rows can be taken out of this cache: not where it has recurrent states."""
-    kinds = (DynamicLayer, DummyLayer)
-    return type(cache) is DynamicCache and all(
-        isinstance(layer, kinds) and not isinstance(layer, LinearAttentionLayer) for layer in cache.layers
-    )
+    """Whether single rows can be taken out of this cache: not where it may have recurrent states."""
+    return type(cache) is DynamicCache and all(type(layer) in _IN_ROWS for layer in cache.layers)
 
 
 def joined_in_place(front_NPH: Tensor, text_BNTH: Tensor) -> Tensor | None:
