@@ -10,9 +10,10 @@ What holds. Keys and values carry no number of their place in the prefix, so
 What cannot hold. A prefix was trained in front of a text that begins at its own end. Merged, the text begins
 at the end of all: from the keys of a it is farther by the length of b, and the other way round (with learnt
 positions the text itself has others). And attention is one share-out among all keys: what a token takes from
-a it does not take from b. So a merged prefix is not both tasks at once; it is a place to start from, or one
-to measure. Turning keys by the missing distance would mend the first for rotary positions, where one knows
-how each family turns them; it mends nothing of the second, and is not done.
+a it does not take from b, and no prefix is neutral, not even one of zeros. So a merged prefix is not both
+tasks at once; it is a place to start from, or one to measure. Turning keys by the missing distance would mend
+the first for rotary positions, where one knows how each family turns them; it mends nothing of the second,
+and is not done.
 
 Knows nothing of models.
 """

@@ -235,17 +235,19 @@ def test_a_merged_prefix_of_two_texts_is_the_two_side_by_side(family):
     one, other, text = tokens(5, 1), tokens(3, 2), tokens(7, 3)
     expected = side_by_side(base, one, other, text)
     lm = PrefixLM(base)
-    pairs = [lm.keys_values_of(part[None], lm.slots) for part in (one, other)]
-    a, b = (table_of(pair) for pair in pairs)
-    with torch.no_grad():
-        found = lm.logits(batch_of([text]), torch.cat([a, b]), lm.slots)
-        turned = lm.logits(batch_of([text]), torch.cat([b, a]), lm.slots)
-        joined = lm.logits(
-            batch_of([text]), table_of(lm.keys_values_of(torch.cat([one, other])[None], lm.slots)), lm.slots
-        )
-    assert distance(found, expected) < 1e-12
-    assert distance(turned, expected) < 1e-12, "order does not matter"
-    assert distance(joined, expected) > 1e-4, "it is not one text after the other"
+
+    def table(*texts):
+        return table_of(lm.keys_values_of(torch.cat(texts)[None], lm.slots))
+
+    def logits(*tables):
+        with torch.no_grad():
+            return lm.logits(batch_of([text]), torch.cat(tables), lm.slots)
+
+    a, b = table(one), table(other)
+    assert distance(logits(a, b), expected) < 1e-12
+    assert distance(logits(b, a), expected) < 1e-12, "order does not matter"
+    assert distance(logits(table(one, other)), expected) > 1e-4, "it is not one text after the other"
+    assert distance(logits(a, torch.zeros_like(b)), logits(a)) > 1e-4, "no prefix is neutral"
 
 
 def test_the_command_says_what_merging_means(run, tmp_path):

@@ -41,7 +41,7 @@ def whole(base: Sharded) -> Iterator[None]:
             yield
         finally:
             for parameter in parameters:
-                parameter.partition()  # type: ignore[attr-defined]
+                _let_go(parameter)
 
 
 def bytes_to_gather(base: Sharded, device: torch.device) -> int:
@@ -57,6 +57,11 @@ def _bytes_to_gather(parameter: Any, device: torch.device) -> int:
 
 def _gather(parameter: Any) -> None:
     parameter.all_gather_coalesced([parameter]).wait()
+
+
+def _let_go(parameter: Any) -> None:
+    if parameter.ds_status.name == "AVAILABLE":  # not where a peer died on the way
+        parameter.partition()
 
 
 @contextmanager

@@ -97,13 +97,12 @@ class Steps:
     def _left(self, index_B: Tensor, ids_BT: Tensor, told: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         told["past_key_values"].batch_select_indices(index_B)
         self._when_left(index_B)
-        kept = {
+        in_rows = {
             name: value[index_B]
-            if isinstance(value, Tensor) and value.shape[:1] == ids_BT.shape[:1]
-            else value
             for name, value in told.items()
+            if isinstance(value, Tensor) and value.shape[:1] == ids_BT.shape[:1]
         }
-        return ids_BT[index_B], kept
+        return ids_BT[index_B], told | in_rows
 
     def _goes_on(self, has_room: bool) -> bool:
         """Whether another token is wanted, here or, of ranks that move together, anywhere."""
