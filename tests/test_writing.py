@@ -219,7 +219,7 @@ def test_rows_with_a_recurrent_state_stay():
     assert found[0] == answers[0][: answers[0].index(answers[0][4])]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gemma2"])
 def test_a_prefix_in_front_of_the_cache_gives_the_same_numbers_as_a_copy(family, monkeypatch):
     lm = PrefixLM(tiny(family, WINDOW).float())
     views, real = [], attention.joined_in_place

@@ -6,9 +6,10 @@ for a few rows is more than the layer's weights. Here they lie in a buffer that 
 prefix is written into once, and behind, where the next token goes. What attention gets is a view of it. The
 numbers are the same ones.
 
-A key tensor that the cache hands out bears a mark, by which attention finds the room in front; a model that
-does something to keys first hands on another tensor, and the prefix is joined to that by a copy, as in
-training. So is that of a layer that attends to another layer's keys.
+A key tensor that the cache hands out bears a mark, by which attention finds the room in front. A model that
+does something to keys first (DeepSeek's keep small latent ones and widen them for each token) hands on another
+tensor, and the prefix is joined to that by a copy, as in training; so is that of a layer that attends to
+another layer's keys.
 
 Layers of other kinds (windows, recurrent states) keep what transformers gives them. Knows nothing of how a
 token is chosen.

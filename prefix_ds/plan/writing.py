@@ -3,7 +3,8 @@
 Sums, said before the first token. Of the base: all of it where it is gathered once, else what ZeRO-3 may hold
 gathered at a time. Of a row: keys and values of its positions in every attention, what the rows of one more
 layer take while their cache grows, what a prompt's places have in hand in a layer (a stated multiple of the
-base's width), and its scores over the vocabulary. The rank with the least memory speaks for all.
+base's width), and its scores over the vocabulary. Windows and latent keys take less than is counted here. The
+rank with the least memory speaks for all.
 
 Knows nothing of what is written.
 """
