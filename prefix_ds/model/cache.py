@@ -7,7 +7,7 @@ prefix is written into once, and behind, where the next token goes. What attenti
 numbers are the same ones.
 
 A key tensor that the cache hands out bears a mark, by which attention finds the room in front. A model that
-does something to keys first (DeepSeek's keep small latent ones and widen them for each token) hands on another
+does something to keys first (DeepSeek keeps small latent ones, widened for each token) hands on another
 tensor, and the prefix is joined to that by a copy, as in training; so is that of a layer that attends to
 another layer's keys.
 
