@@ -22,6 +22,7 @@ from prefix_ds.errors import (
     EXIT_PEER,
     EXIT_STOPPED,
     EXIT_USER,
+    ConfigError,
     PeerLost,
     PrefixError,
     Stopped,
@@ -148,11 +149,27 @@ def config() -> None:
 
 
 @app.command()
-def export(run: Run, out: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
-    """Write a run's prefix as a PEFT adapter."""
-    from prefix_ds.export import export_peft
+def export(
+    paths: Annotated[
+        list[Path], typer.Argument(help="a run folder and the folder to write", metavar="RUN OUT")
+    ],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="several runs of one base: their prefixes side by side")
+    ] = False,
+    mlflow: Annotated[
+        str | None, typer.Option("--mlflow", metavar="NAME", help="register as this model instead; no OUT")
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow's server; none: mlflow.uri of the run")] = None,
+) -> None:
+    """Write a run's prefix as a PEFT adapter with a card, or register it as an MLflow model."""
+    from prefix_ds.exporting import export_runs, export_to_mlflow
 
-    export_peft(run, out)
+    if mlflow is None:
+        export_runs(paths, merge=merge)
+    elif len(paths) == 1 and not merge:
+        typer.echo(export_to_mlflow(paths[0], mlflow, uri))
+    else:
+        raise ConfigError("export --mlflow NAME: takes one run folder and nothing else")
 
 
 @app.command("import")

@@ -119,6 +119,17 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
             group.destroy_process_group()
 
 
+def lasting_world() -> World:
+    """The world of a process that is alone and stays: joined once, for whoever asks, and never left."""
+    if not _lasting:
+        joined = joined_world()
+        _lasting.append((joined.__enter__(), joined))
+    return _lasting[0][0]
+
+
+_lasting: list[tuple[World, "contextlib.AbstractContextManager[World]"]] = []
+
+
 def end_process(code: int) -> NoReturn:
     """Ends the process with this exit code, whatever becomes of its peers meanwhile.
 
@@ -225,6 +236,20 @@ def first_here_first(world: World, work: Callable[[], Answer]) -> Answer:
     answer = together(work if world.is_first_here else lambda: None)
     rest = together((lambda: None) if world.is_first_here else work)
     return answer if world.is_first_here else rest  # type: ignore[return-value]
+
+
+def numbers_in_turn(name: str) -> Iterator[int]:
+    """0, 1, 2 and so on, each for one rank: whoever is free takes the next, and nobody waits.
+
+    Every rank calls this with the same name, a new one for each piece of work.
+    """
+    import torch.distributed as group
+
+    store = group.distributed_c10d._get_default_store()
+    while True:
+        with peers_may_die():
+            number = store.add(f"prefix_ds/{name}", 1) - 1
+        yield number
 
 
 def wait_for_all() -> None:

@@ -25,6 +25,7 @@ from prefix_ds.errors import ModelError, RunError
 from prefix_ds.files import whole_folder, write_text_atomically
 
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_CARD = "README.md"
 _TABLE = "prompt_embeddings"
 
 
@@ -38,17 +39,24 @@ class PeftPrefix:
 
 
 def export_peft(run: Path, out: Path) -> None:
-    """Writes the prefix of a run as a PEFT adapter, to a folder that does not exist yet or is empty.
+    """Writes the prefix of a run as a PEFT adapter, as `export_prefix` does. Raises ModelError, RunError."""
+    export_prefix(read_prefix(run / "prefix"), out)
 
-    Raises ModelError if PEFT's format cannot hold the prefix, RunError if the disk or the folder refuses.
+
+def export_prefix(prefix: SavedPrefix, out: Path, card: str = "") -> None:
+    """Writes a prefix as a PEFT adapter, to a folder that does not exist yet or is empty.
+
+    `card` is the text of its README.md; none is written without. Raises ModelError if PEFT's format cannot
+    hold the prefix, RunError if the disk or the folder refuses.
     """
-    prefix = read_prefix(run / "prefix")
     _check_exportable(prefix)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: exists and is not empty; name a new folder")
     with whole_folder(out.absolute()) as building:
         write_tensors(building / _TENSORS, {_TABLE: _peft_table(prefix)})
         write_text_atomically(building / _CONFIG, json.dumps(_peft_config(prefix), indent=2) + "\n")
+        if card:
+            write_text_atomically(building / _CARD, card)
 
 
 def import_peft(peft: Path, out: Path, slots: Sequence[SlotShape], facts: PrefixFacts) -> None:

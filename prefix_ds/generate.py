@@ -1,16 +1,20 @@
 """`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records.
 
-Prompts are sorted by length and dealt to the ranks in equal numbers of batches, since under ZeRO-3 every rank
-must run every layer as often as the others; what one rank lacks is filled with repeats whose output is
-dropped. Each batch draws its random numbers from a seed of its own, so what is sampled does not depend on the
-number of ranks either.
+Prompts are sorted by length and written in batches of neighbours, as many together as memory allows. Where
+every rank can hold the whole base it is gathered once, and each rank writes for itself and takes the next
+batch when it is free. Where it cannot, ZeRO-3 gathers layer by layer, and every rank must run every layer as
+often as the others: they get equal numbers of batches, and what one rank lacks is filled with repeats whose
+output is dropped. Each prompt draws random numbers from a seed of its own, so what is sampled depends neither
+on the number of ranks nor on batches.
 """
 
 import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,25 @@ import torch
 from prefix_ds.config import GenerateKeys, RunConfig, parse_config
 from prefix_ds.config.reading import config_text
 from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
-from prefix_ds.dist import World, first_here_first, gathered, joined_world, on_first, peers_may_die
+from prefix_ds.dist import (
+    World,
+    first_here_first,
+    gathered,
+    joined_world,
+    numbers_in_turn,
+    on_first,
+    peers_may_die,
+)
+from prefix_ds.engine.whole import whole
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.files import write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
+from prefix_ds.plan.writing import batches_of, manner_of
 from prefix_ds.run_folder import open_run
 from prefix_ds.tracking import progress_bar
+
+_WORKS = count()  # of this process, which all ranks begin in the same order
 
 
 @dataclass(frozen=True)
@@ -74,46 +90,75 @@ def check_request(config: RunConfig, request: Request) -> None:
 def write_outputs(
     opened: Opened, prompts: Sequence[Prompt], keys: GenerateKeys, world: World
 ) -> list[Written]:
-    """One output a prompt, in the order of the prompts. Every rank calls this."""
-    front = 0 if opened.table_PD is None else len(opened.table_PD)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    opened.lm.check_length(front + longest + keys.max_new_tokens, "generate.max_new_tokens")
-    by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids), reverse=True)
-    batches = list(_dealt(by_length, keys.batch_size, world))
-    mine: dict[int, str] = {}
-    with progress_bar("writing", len(batches), is_visible=world.is_first) as bar:
-        for done, batch in enumerate(batches, start=1):
-            torch.manual_seed(random.Random(f"{keys.seed} {batch[0]}").getrandbits(63))
-            outputs = _continued(opened, [list(prompts[n].ids) for n in batch], keys, world)
-            mine |= dict(zip(batch, outputs, strict=True))
-            bar.at(done)
+    """One output a prompt, in the order of the prompts. Raises ConfigError. Every rank calls this."""
+    lengths = [len(prompt.ids) for prompt in prompts]
+    more = (0 if opened.table_PD is None else len(opened.table_PD)) + keys.max_new_tokens
+    opened.lm.check_length(max(lengths) + more, "generate.max_new_tokens")
+    manner = manner_of(opened.lm, opened.sharded, keys, world, max(lengths) + more)
+    batches = batches_of(lengths, more, manner)
+    with whole(opened.sharded) if manner.is_whole else nullcontext():
+        mine = _written(opened, prompts, batches, keys, world, manner.is_whole)
     texts = {n: text for part in gathered(mine) for n, text in part.items()}
     return [Written(p.text, texts[n], p.references) for n, p in enumerate(prompts)]
 
 
-def _dealt(order: Sequence[int], batch_size: int, world: World) -> Iterator[list[int]]:
-    """This rank's batches: neighbours in `order`, and as many as every other rank has."""
-    batches = [list(order[n : n + batch_size]) for n in range(0, len(order), batch_size)]
-    batches += [batches[-1]] * (-len(batches) % world.size)
-    yield from batches[world.rank :: world.size]
+def _written(
+    opened: Opened,
+    prompts: Sequence[Prompt],
+    batches: Sequence[Sequence[int]],
+    keys: GenerateKeys,
+    world: World,
+    is_whole: bool,
+) -> dict[int, str]:
+    """What this rank wrote, by the number of the prompt."""
+    mine: dict[int, str] = {}
+    numbers = _taken(len(batches), world) if is_whole else _dealt(len(batches), world)
+    with progress_bar("writing", len(batches), is_visible=world.is_first) as bar:
+        for number in numbers:
+            batch = batches[number]
+            outputs = _continued(opened, prompts, batch, keys, is_synced=world.size > 1 and not is_whole)
+            mine |= dict(zip(batch, outputs, strict=True))
+            bar.at(number + 1)
+    return mine
 
 
-def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, world: World) -> list[str]:
+def _taken(num_batches: int, world: World) -> Iterator[int]:
+    """The numbers of batches that this rank is the first to ask for."""
+    if world.size == 1:
+        return iter(range(num_batches))
+    return takewhile(lambda number: number < num_batches, numbers_in_turn(f"writing-{next(_WORKS)}"))
+
+
+def _dealt(num_batches: int, world: World) -> Iterator[int]:
+    """This rank's, as many as every other rank has; the last may come twice."""
+    rounds = -(-num_batches // world.size)
+    return (min(turn * world.size + world.rank, num_batches - 1) for turn in range(rounds))
+
+
+def _continued(
+    opened: Opened, prompts: Sequence[Prompt], batch: Sequence[int], keys: GenerateKeys, *, is_synced: bool
+) -> list[str]:
     tokenizer = opened.tokenizer
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.manual_seed(_seed(keys, batch[0]))  # of beams, which transformers samples
     outputs = opened.lm.generate(
-        prompts,
+        [list(prompts[n].ids) for n in batch],
         opened.table_PD,
         opened.slots,
         max_new_tokens=keys.max_new_tokens,
         num_beams=keys.num_beams,
         temperature=keys.temperature,
         top_p=keys.top_p,
+        seeds=[_seed(keys, n) for n in batch],
         eos_ids=[] if end is None else [end],
         pad_id=next(token for token in (pad, end, 0) if token is not None),
-        synced=world.size > 1,
+        synced=is_synced,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+
+
+def _seed(keys: GenerateKeys, number: int) -> int:
+    return random.Random(f"{keys.seed} {number}").getrandbits(63)
 
 
 def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:

@@ -15,10 +15,10 @@ FLOORS = [
     {"config", "devices", "dist", "files", "progress", "promise"},
     {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
-    {"engine", "initial", "result", "rows", "speed", "suitability"},
+    {"card", "engine", "initial", "merging", "result", "rows", "speed", "suitability"},
     {"loop", "memory", "opening", "export", "plan"},
-    {"train", "generate", "check", "init", "importing", "links", "compare"},
-    {"demo"},
+    {"train", "generate", "check", "init", "importing", "exporting", "links", "compare"},
+    {"demo", "served"},
     {"cli"},
     {"__main__"},
 ]
@@ -27,7 +27,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 # Packages that only some rooms may know.
 DOORS = {
     "deepspeed": {"engine"},
-    "mlflow": {"tracking"},
+    "mlflow": {"tracking", "served"},
     "peft": set(),
     "bitsandbytes": {"int8"},
     "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs", "plan"},

@@ -181,7 +181,10 @@ class GenerateKeys(Section):
         1.0, "sample from the likeliest tokens of this total probability", gt=0, le=1, free=True
     )
     seed: int = key(0, "random numbers of sampled outputs", ge=0, free=True)
-    batch_size: int = key(8, "prompts a rank continues at once", ge=1, free=True)
+    batch_size: int = key(8, "prompts a rank continues at once; fewer where memory is short", ge=1, free=True)
+    gather: Literal["auto", "once", "each_layer"] = key(
+        "auto", "once: the whole base on each rank while it writes; auto: where it fits", free=True
+    )
 
 
 class RunConfig(Section):

@@ -41,6 +41,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from prefix_ds.data.batch import Document
 from prefix_ds.model import apart, varlen
 from prefix_ds.model.attending import attending
+from prefix_ds.model.cache import joined_in_place
 from prefix_ds.model.masks import Causal, LazyMask, Rule, lazy_eager_mask, lazy_sdpa_mask
 
 # The names decide: transformers looks for "sdpa", "flash" and "paged|" inside them.
@@ -224,9 +225,13 @@ def _apart(
 
 
 def _joined(front: Front | None, key_BNTH: Tensor, value_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of prefix and text together."""
+    """Keys and values of prefix and text together; a copy, unless a cache has kept room in front."""
     if front is None:
         return key_BNTH, value_BNTH
+    if front.rows is None:
+        key, value = joined_in_place(front.key_NPH, key_BNTH), joined_in_place(front.value_NPH, value_BNTH)
+        if key is not None and value is not None:
+            return key, value
     num_rows = len(key_BNTH)
     return (
         torch.cat([front.key_NPH.expand(num_rows, -1, -1, -1), key_BNTH], dim=2),

@@ -6,7 +6,7 @@ was asked for and on nothing a checkpoint's authors left behind.
 Knows nothing of prefixes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,16 @@ def settings(
         pad_token_id=pad_id,
         use_cache=True,
         **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+
+
+def drawer(seeds: Sequence[int] | None) -> Callable[[Sequence[int]], Tensor]:
+    """Draws a number from [0, 1) for each of some prompts: from its own stream, or all from torch's."""
+    if seeds is None:
+        return lambda rows: torch.rand(len(rows), dtype=torch.float64)
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda rows: torch.cat(
+        [torch.rand(1, dtype=torch.float64, generator=streams[row]) for row in rows]
     )
 
 

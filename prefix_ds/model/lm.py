@@ -35,6 +35,7 @@ from prefix_ds.model.norms import take_over_norms
 from prefix_ds.model.positions import num_learnt, positions_of
 from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.sources import Given, Recorder
+from prefix_ds.model.steps import Steps
 from prefix_ds.model.trial import Findings, Trial, limits_of
 from prefix_ds.prefix import KeyValue, Slot
 
@@ -85,6 +86,21 @@ class PrefixLM:
     def attends_alone(self) -> bool:
         """Whether a document in a row costs what it costs alone, however long the row is."""
         return self._findings.attends_alone
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of keys and values."""
+        return self._findings.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Numbers of a token's logits."""
+        return self._findings.vocab_size
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token between two layers; 0 for a base that does not tell."""
+        return int(getattr(text_config(self.base), "hidden_size", 0))
 
     @property
     def limits(self) -> tuple[str, ...]:
@@ -157,12 +173,14 @@ class PrefixLM:
         num_beams: int = 1,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
         synced: bool = False,
     ) -> list[list[int]]:
         """The answers to some prompts behind the prefix, without the tokens that end them.
 
-        Samples at a temperature above 0. Ranks that share a sharded base call this together, with `synced`:
-        they go on until the last of them is done.
+        Samples at a temperature above 0: with `seeds`, one for each prompt, what is drawn for a prompt
+        depends on nothing else. Ranks that share a sharded base call this together, with `synced`: they go on
+        until the last of them is done.
         """
         settings = decoding.settings(
             max_new_tokens=max_new_tokens,
@@ -174,9 +192,20 @@ class PrefixLM:
         )
         ids_BT, mask_BT = decoding.left_padded(prompts, pad_id, self.device)
         positions_BT = decoding.positions_of(mask_BT) + _length(table_PD)
+        steps = Steps(
+            len(prompts),
+            eos_ids=eos_ids,
+            front=_length(table_PD),
+            draw=decoding.drawer(seeds) if temperature > 0 else None,
+            when_left=self._positions.keep,
+            synced=synced,
+        )
         with self.prefixed(table_PD, slots), decoding.no_settings_of(self.base):
-            told = self._positions.told(positions_BT)
-            rows = self.base.generate(ids_BT, settings, attention_mask=mask_BT, synced_gpus=synced, **told)
+            told = self._positions.told(positions_BT) | {"attention_mask": mask_BT}
+            if num_beams == 1:
+                self.base.generate(ids_BT, settings, custom_generate=steps, **told)
+                return steps.answers
+            rows = self.base.generate(ids_BT, settings, synced_gpus=synced, **told)
         return decoding.cut(rows[:, ids_BT.shape[1] :], eos_ids)
 
     @contextmanager

@@ -25,6 +25,10 @@ class Positions(Protocol):
         """Arguments for the forward pass that follows, or for a generation that starts with it."""
         ...
 
+    def keep(self, index_B: Tensor) -> None:
+        """Only these of the rows that were told of go on."""
+        ...
+
     def forget(self) -> None:
         """Forward passes are as if nothing had been told."""
         ...
@@ -76,6 +80,9 @@ class ByArgument:
         """The positions, counted from the base's first."""
         return {"position_ids": positions_BT + self._first}
 
+    def keep(self, index_B: Tensor) -> None:
+        """`generate` has the positions."""
+
     def forget(self) -> None:
         """Nothing is kept."""
 
@@ -93,6 +100,11 @@ class ByEmbedding:
         """Nothing to pass: the hooks know."""
         self._told_BT = positions_BT
         return {}
+
+    def keep(self, index_B: Tensor) -> None:
+        """The rows that go on."""
+        if self._told_BT is not None:
+            self._told_BT = self._told_BT[index_B]
 
     def forget(self) -> None:
         """Positions are the base's own again."""

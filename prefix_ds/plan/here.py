@@ -1,4 +1,4 @@
-"""The memory that a rank of this machine may use, before a base is loaded.
+"""The memory that a rank of this machine may use, before a base is loaded, or what is left of it after.
 
 On a GPU, all of the device's: a rank has one to itself. On CPUs, this rank's part of what the machine, or the
 control group that the job runs in, has left: files that the kernel keeps in memory count as left, as they
@@ -31,6 +31,19 @@ def memory_here(world: World) -> int:
     """Bytes that this rank may use."""
     if world.device.type == "cuda":
         return round(torch.cuda.get_device_properties(world.device).total_memory * _USED_PART)
+    return _left_on_host(world)
+
+
+def memory_left(world: World) -> int:
+    """Bytes that this rank may use beside what it holds already."""
+    if world.device.type != "cuda":
+        return _left_on_host(world)
+    free, _ = torch.cuda.mem_get_info(world.device)
+    kept = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+    return round((free + kept) * _USED_PART)
+
+
+def _left_on_host(world: World) -> int:
     left = min([psutil.virtual_memory().available, *left_in_groups()])
     return round(left / world.local_size * _USED_PART)
 

@@ -11,6 +11,7 @@ from prefix_ds.tracking.facts import (
 )
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
+from prefix_ds.tracking.models import log_model
 from prefix_ds.tracking.progress import CONSOLE, Progress, progress_bar
 from prefix_ds.tracking.summary import (
     SOURCES,
@@ -38,6 +39,7 @@ __all__ = [
     "flattened",
     "has_facts",
     "histories_of",
+    "log_model",
     "masked",
     "open_tracker",
     "process_tags",

@@ -1,0 +1,157 @@
+"""The card of an exported prefix: where it comes from, what it scores, how to load it.
+
+A README.md with the header that the Hugging Face hub reads. Everything in it is a fact of the run; what the
+run does not know (the licence, what the prefix is good for) is left to whoever publishes it. What looks like
+a secret is masked, wherever it stands.
+
+Knows nothing of tensors.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefix_ds.checkpoint import PrefixFacts
+from prefix_ds.config import RunConfig
+from prefix_ds.errors import RunError
+from prefix_ds.tracking import masked
+
+_TRAIN_KEYS = ("global_batch_size", "lr", "warmup_steps", "schedule", "weight_decay", "clip_norm", "seed")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run whose prefix is exported: its configuration, the facts of its prefix, its evaluations."""
+
+    config: RunConfig
+    facts: PrefixFacts
+    length: int
+    evaluations: tuple[Mapping[str, Any], ...]
+
+
+def read_evaluations(run: Path) -> tuple[Mapping[str, Any], ...]:
+    """What `RUN/evaluate/*.json` say, by split. Raises RunError for one that cannot be read."""
+    return tuple(_read(path) for path in sorted((run / "evaluate").glob("*.json")))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _score_rows([found])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path}: not an evaluation: {error!r}") from None
+    return dict(found)
+
+
+def card(parts: Iterable[Part], note: str = "") -> str:
+    """The text of the card. `note` says what is special about this prefix."""
+    first, *others = parts = list(parts)
+    config, facts = first.config, first.facts
+    sections = [
+        _header(facts),
+        "# A prefix for " + facts.base,
+        f"{sum(p.length for p in parts)} trained keys and values in front of the text, in every attention "
+        f"layer of a frozen base, made with prefix-ds {facts.version}.",
+        *([note[0].upper() + note[1:] + "."] if note else []),
+        *(_part(part, f" {number}" if others else "") for number, part in enumerate(parts, start=1)),
+        _loading(config, facts),
+        "## Licence\n\nNot stated. The base and the data have licences of their own; state yours here and in "
+        "the header (`license:`).",
+    ]
+    return masked("\n\n".join(sections) + "\n", config.mlflow.uri)
+
+
+def _header(facts: PrefixFacts) -> str:
+    lines = ["library_name: peft", "pipeline_tag: text-generation", "tags: [prefix-tuning, prefix-ds]"]
+    return "\n".join(["---", f"base_model: {json.dumps(facts.base)}", *lines, "---"])
+
+
+def _part(part: Part, number: str) -> str:
+    text = f"## Where it comes from{number}\n\n{_table(('', ''), _origin(part))}"
+    scores = _score_rows(part.evaluations)
+    if scores:
+        text += f"\n\n## Scores{number}\n\n{_table(('split', 'records', 'score', 'value'), scores)}"
+    return text
+
+
+def _origin(part: Part) -> list[tuple[str, str]]:
+    facts = part.facts
+    rows = [
+        ("base", facts.base),
+        ("revision", facts.revision or "not named"),
+        ("family", facts.model_type),
+        ("positions", str(part.length)),
+    ]
+    return rows + (_training(part) if facts.step else [("training", "not known: it was imported")])
+
+
+def _training(part: Part) -> list[tuple[str, str]]:
+    config, facts, train = part.config, part.facts, part.config.train
+    start = f"the keys and values of `{_line(config.prefix.text)}`"
+    rows = [
+        ("base in training", f"{config.model.dtype}, {config.model.bits} bits"),
+        ("started from", start if config.prefix.init == "text" else "noise"),
+        ("training data", _source(config.data.train)),
+        ("validation data", _source(config.data.valid)),
+        ("prompt", f"`{_line(config.data.prompt)}`"),
+        ("target", f"`{_line(config.data.target)}`"),
+        ("longest example", f"{config.data.max_length} tokens"),
+        ("steps", str(facts.step)),
+        *((name, str(getattr(train, name))) for name in _TRAIN_KEYS),
+    ]
+    if facts.valid_loss is not None:
+        rows.append(("validation loss", f"{facts.valid_loss:.4f} nats a target token"))
+    return rows
+
+
+def _source(source: str | list[str] | None) -> str:
+    return ", ".join([source] if isinstance(source, str) else source or ["none"])
+
+
+def _line(text: str | None) -> str:
+    """A template on one line of a table."""
+    return json.dumps(text or "", ensure_ascii=False)[1:-1].replace("`", "'")
+
+
+def _score_rows(evaluations: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for found in evaluations:
+        place = str(found["split"]), str(found["records"])
+        rows += [(*place, name, f"{found[name]:.4f}") for name in ("loss", "perplexity") if name in found]
+        for name, score in found.get("scores", {}).items():
+            span = f" ({score['low']:.4f} to {score['high']:.4f})" if "low" in score else ""
+            rows.append((*place, str(name), f"{score['value']:.4f}{span}"))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _loading(config: RunConfig, facts: PrefixFacts) -> str:
+    revision = f", revision={json.dumps(facts.revision)}" if facts.revision else ""
+    tokenizer = json.dumps(config.model.tokenizer or facts.base)
+    return f'''## How to load it
+
+With PEFT (`pip install peft`), in this folder:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter = {json.dumps(facts.base)}, "."
+tokenizer = AutoTokenizer.from_pretrained({tokenizer}{revision if not config.model.tokenizer else ""})
+model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{config.model.dtype}")
+model = PeftModel.from_pretrained(model, adapter).eval()
+
+prompt = {json.dumps(config.data.prompt, ensure_ascii=False)}  # with a record's fields in their places
+ids = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**ids, max_new_tokens={config.generate.max_new_tokens}, do_sample=False)
+text = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+print(text)
+```
+
+With prefix-ds: `prefix-ds import THIS_FOLDER RUN`, then `prefix-ds generate RUN --prompt TEXT`.'''

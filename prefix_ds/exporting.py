@@ -1,0 +1,83 @@
+"""`prefix-ds export`: a run's prefix as a PEFT adapter with its card, several as one, or as an MLflow model.
+
+Knows nothing of formats.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prefix_ds.card import Part, card, read_evaluations
+from prefix_ds.checkpoint import SavedPrefix, read_prefix
+from prefix_ds.config import MlflowKeys, RunConfig
+from prefix_ds.errors import ConfigError, RunError
+from prefix_ds.export import export_prefix
+from prefix_ds.files import telling_disk_errors
+from prefix_ds.logs import configure_logging
+from prefix_ds.merging import MEANING, merged
+from prefix_ds.run_folder import RunFolder, open_run, write_config
+from prefix_ds.tracking import log_model
+
+log = logging.getLogger(__name__)
+
+
+def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
+    """Writes the prefix of the first path, with `merge` those of all but the last, to the last.
+
+    Raises PrefixError.
+    """
+    configure_logging()
+    *runs, out = paths
+    if not runs or (len(runs) > 1 and not merge):
+        raise ConfigError("export: expected RUN OUT, or --merge RUN RUN... OUT")
+    parts, prefixes = zip(*map(_part, runs), strict=True)
+    if len(runs) == 1:
+        export_prefix(prefixes[0], out, card(parts))
+        return
+    export_prefix(merged(prefixes), out, card(parts, MEANING))
+    log.warning("%s", MEANING)
+
+
+def export_to_mlflow(run: Path, name: str, uri: str | None) -> str:
+    """Registers a run's prefix as a model of MLflow; its address. Raises PrefixError.
+
+    The model is the code that runs it, run.yaml and the prefix; the base stays where run.yaml says it is.
+    """
+    configure_logging()
+    part, _ = _part(run)
+    spec = importlib.util.find_spec("prefix_ds.served")
+    assert spec is not None
+    assert spec.origin is not None
+    with TemporaryDirectory() as place:
+        copy = _slim_copy(run, Path(place))
+        return log_model(run, name, code=Path(spec.origin), files=copy, uri=uri or part.config.mlflow.uri)
+
+
+def _part(run: Path) -> tuple[Part, SavedPrefix]:
+    folder, config = open_run(run)
+    if config.train.method != "prefix":
+        raise RunError(f"{run}: train.method is {config.train.method}: there is no prefix, only model/")
+    prefix = read_prefix(folder.prefix)
+    return Part(config, prefix.facts, prefix.length, read_evaluations(run)), prefix
+
+
+def _slim_copy(run: Path, place: Path) -> Path:
+    """What a run folder needs to be written with: its configuration without secrets, and its prefix."""
+    folder, config = open_run(run)
+    slim = RunFolder(place / "run")
+    slim.prefix.mkdir(parents=True)
+    write_config(slim, _found_from_anywhere(config))
+    with telling_disk_errors(slim.prefix):
+        for file in folder.prefix.glob("prefix.*"):
+            (slim.prefix / file.name).write_bytes(file.read_bytes())
+    return slim.path
+
+
+def _found_from_anywhere(config: RunConfig) -> RunConfig:
+    """The configuration with whole paths of base and tokenizer, and nothing of MLflow's own."""
+    names = {key: getattr(config.model, key) for key in ("name", "tokenizer")}
+    whole = {key: str(Path(name).absolute()) for key, name in names.items() if name and Path(name).is_dir()}
+    model = config.model.model_copy(update=whole)
+    return config.model_copy(update={"model": model, "mlflow": MlflowKeys(uri=None)})
