@@ -1,31 +1,22 @@
-"""`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records.
-
-Prompts are sorted by length and dealt to the ranks in equal numbers of batches, since under ZeRO-3 every rank
-must run every layer as often as the others; what one rank lacks is filled with repeats whose output is
-dropped. Each batch draws its random numbers from a seed of its own, so what is sampled does not depend on the
-number of ranks either.
-"""
+"""`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records."""
 
 import json
-import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prefix_ds.config import GenerateKeys, RunConfig, parse_config
+from prefix_ds.config import RunConfig, parse_config
 from prefix_ds.config.reading import config_text
 from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
-from prefix_ds.dist import World, first_here_first, gathered, joined_world, on_first, peers_may_die
+from prefix_ds.dist import first_here_first, joined_world, on_first, peers_may_die
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.files import write_text_atomically
 from prefix_ds.logs import configure_logging
-from prefix_ds.opening import Opened, open_trained
+from prefix_ds.opening import open_trained
 from prefix_ds.run_folder import open_run
-from prefix_ds.tracking import progress_bar
+from prefix_ds.writing import Written, write_outputs
 
 
 @dataclass(frozen=True)
@@ -36,15 +27,6 @@ class Request:
     input_file: Path | None = None
     output_file: Path | None = None
     without_prefix: bool = False
-
-
-@dataclass(frozen=True)
-class Written:
-    """One output: the prompt as the model read it, what it wrote, and what was expected, if that is known."""
-
-    prompt: str
-    output: str
-    references: tuple[str, ...]
 
 
 def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
@@ -69,51 +51,6 @@ def check_request(config: RunConfig, request: Request) -> None:
     output = request.output_file
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise RunError(f"--output: {output}: expected a file in a folder that exists")
-
-
-def write_outputs(
-    opened: Opened, prompts: Sequence[Prompt], keys: GenerateKeys, world: World
-) -> list[Written]:
-    """One output a prompt, in the order of the prompts. Every rank calls this."""
-    front = 0 if opened.table_PD is None else len(opened.table_PD)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    opened.lm.check_length(front + longest + keys.max_new_tokens, "generate.max_new_tokens")
-    by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids), reverse=True)
-    batches = list(_dealt(by_length, keys.batch_size, world))
-    mine: dict[int, str] = {}
-    with progress_bar("writing", len(batches), is_visible=world.is_first) as bar:
-        for done, batch in enumerate(batches, start=1):
-            torch.manual_seed(random.Random(f"{keys.seed} {batch[0]}").getrandbits(63))
-            outputs = _continued(opened, [list(prompts[n].ids) for n in batch], keys, world)
-            mine |= dict(zip(batch, outputs, strict=True))
-            bar.at(done)
-    texts = {n: text for part in gathered(mine) for n, text in part.items()}
-    return [Written(p.text, texts[n], p.references) for n, p in enumerate(prompts)]
-
-
-def _dealt(order: Sequence[int], batch_size: int, world: World) -> Iterator[list[int]]:
-    """This rank's batches: neighbours in `order`, and as many as every other rank has."""
-    batches = [list(order[n : n + batch_size]) for n in range(0, len(order), batch_size)]
-    batches += [batches[-1]] * (-len(batches) % world.size)
-    yield from batches[world.rank :: world.size]
-
-
-def _continued(opened: Opened, prompts: list[list[int]], keys: GenerateKeys, world: World) -> list[str]:
-    tokenizer = opened.tokenizer
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    outputs = opened.lm.generate(
-        prompts,
-        opened.table_PD,
-        opened.slots,
-        max_new_tokens=keys.max_new_tokens,
-        num_beams=keys.num_beams,
-        temperature=keys.temperature,
-        top_p=keys.top_p,
-        eos_ids=[] if end is None else [end],
-        pad_id=next(token for token in (pad, end, 0) if token is not None),
-        synced=world.size > 1,
-    )
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
 
 
 def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:

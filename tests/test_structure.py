@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"__init__", "errors"},
     {"config", "devices", "dist", "files", "progress", "promise"},
-    {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
+    {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "scores", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
-    {"engine", "initial", "result", "rows", "speed", "suitability"},
-    {"loop", "memory", "opening", "export", "plan"},
-    {"train", "generate", "check", "init", "importing", "links"},
+    {"engine", "initial", "result", "rows", "speed", "suitability", "writing"},
+    {"loop", "memory", "opening", "evaluation", "export", "plan"},
+    {"train", "evaluate", "generate", "check", "init", "importing", "links"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -32,8 +32,21 @@ DOORS = {
     "bitsandbytes": {"int8"},
     "transformers": {"int8", "model", "loading", "engine", "new_tokenizer", "logs", "plan"},
     "datasets": {"data", "logs"},
+    "rouge_score": {"scores"},
+    "sacrebleu": {"scores"},
 }
-TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}
+TORCH_FREE = {
+    "__init__",
+    "errors",
+    "config",
+    "files",
+    "progress",
+    "cli",
+    "__main__",
+    "run_folder",
+    "init",
+    "scores",
+}
 
 
 def modules():

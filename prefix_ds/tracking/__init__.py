@@ -1,5 +1,6 @@
 """Where numbers go: JSON lines, MLflow, a progress bar."""
 
+from prefix_ds.tracking.afterwards import add_metrics
 from prefix_ds.tracking.facts import DatasetFacts, Facts, flattened, process_tags, without_secrets
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
@@ -16,6 +17,7 @@ __all__ = [
     "SilentTracker",
     "Status",
     "Tracker",
+    "add_metrics",
     "flattened",
     "masked",
     "open_tracker",
