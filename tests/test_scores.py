@@ -25,11 +25,10 @@ WORDS = [
     "sees,",
     "likes.",
     "under",
-    "house-boat",
     "(tree)",
     "42",
     "it's",
-    "garden",
+    "big",
     ";",
     "...",
 ]
