@@ -20,9 +20,9 @@ from prefix_ds.data.examples import load_examples, source_of
 from prefix_ds.data.prompts import Prompt, read_prompts
 from prefix_ds.dist import World, first_here_first, joined_world, on_first, peers_may_die, together
 from prefix_ds.errors import ConfigError
-from prefix_ds.evaluation import Evaluation, Front, record_losses, table_of, write_evaluation
+from prefix_ds.evaluation import Evaluation, Front, RecordLosses, record_losses, table_of, write_evaluation
 from prefix_ds.initial import initial_prefix
-from prefix_ds.loading import load_tokenizer
+from prefix_ds.loading import check_folder, load_tokenizer
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, model_of, open_trained
 from prefix_ds.rows import limits_for
@@ -50,31 +50,13 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
     check_request(config, request)
     with joined_world() as world, peers_may_die():
         started = time.monotonic()
-        tokenizer = together(lambda: load_tokenizer(model_of(folder, config)))
+        tokenizer = together(lambda: _tokenizer(folder, config))
         prompts = first_here_first(world, lambda: _prompts(request.split, config, tokenizer))
         examples = load_examples(request.split, config.data, tokenizer, world)
         opened = _opened(folder, config, request, world)
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)
-
-        def deliver() -> None:
-            names = names_of(config.evaluate.scores or ())
-            found = Evaluation(
-                split=request.split,
-                front=request.front,
-                data=source_of(request.split, config.data),
-                prompts=prompts,
-                losses=losses,
-                outputs=outputs,
-                scored=scored(names, outputs or (), [prompt.references for prompt in prompts]),
-                generate=config.generate,
-                seconds=time.monotonic() - started,
-            )
-            write_evaluation(folder.evaluate, found)
-            Console().print(table_of(found))
-            add_metrics(folder.path, _step(folder, config, request), found.metrics(), uri=config.mlflow.uri)
-
-        on_first(world, deliver)
+        on_first(world, lambda: _deliver(folder, config, request, prompts, losses, outputs, started))
 
 
 def check_request(config: RunConfig, request: Request) -> None:
@@ -86,6 +68,12 @@ def check_request(config: RunConfig, request: Request) -> None:
         )
     if request.front == "instruction" and config.prefix.init != "text":
         raise ConfigError("prefix.init: random: this run started from noise; there is no instruction")
+
+
+def _tokenizer(folder: RunFolder, config: RunConfig) -> Any:
+    keys = model_of(folder, config)
+    check_folder(keys)
+    return load_tokenizer(keys)
 
 
 def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:
@@ -108,6 +96,33 @@ def _outputs(opened: Opened, prompts: Sequence[Prompt], config: RunConfig, world
     if not config.evaluate.scores:
         return None
     return [written.output for written in write_outputs(opened, prompts, config.generate, world)]
+
+
+def _deliver(
+    folder: RunFolder,
+    config: RunConfig,
+    request: Request,
+    prompts: Sequence[Prompt],
+    losses: RecordLosses,
+    outputs: Sequence[str] | None,
+    started: float,
+) -> None:
+    """Scores, writes, shows and tells. Rank 0 calls this."""
+    names = names_of(config.evaluate.scores or ())
+    found = Evaluation(
+        split=request.split,
+        front=request.front,
+        data=source_of(request.split, config.data),
+        prompts=prompts,
+        losses=losses,
+        outputs=outputs,
+        scored=scored(names, outputs or (), [prompt.references for prompt in prompts]),
+        generate=config.generate,
+        seconds=time.monotonic() - started,
+    )
+    write_evaluation(folder.evaluate, found)
+    Console().print(table_of(found))
+    add_metrics(folder.path, _step(folder, config, request), found.metrics(), uri=config.mlflow.uri)
 
 
 def _step(folder: RunFolder, config: RunConfig, request: Request) -> int:

@@ -27,5 +27,5 @@ def add_metrics(run: Path, step: int, values: Mapping[str, float], *, uri: str |
         append_record(run, step, values)
         if uri is not None and has_state(run):
             sync_run(run)
-    except PrefixError as error:
+    except (PrefixError, OSError) as error:
         log.warning("MLflow has not got this evaluation: %s; `prefix-ds sync %s` sends it", error, run)
