@@ -105,8 +105,11 @@ def evaluate(
 
     if without_prefix and instruction:
         raise ConfigError("--without-prefix and --instruction: one of them says what is in front")
-    front = "bare" if without_prefix else "instruction" if instruction else "trained"
-    score(run, overrides or [], Request(split, front))
+    score(
+        run,
+        overrides or [],
+        Request(split, "bare" if without_prefix else "instruction" if instruction else "trained"),
+    )
 
 
 @app.command()

@@ -5,6 +5,7 @@ nothing in front, or with the written instruction in front, to compare. What is 
 light before the base is loaded.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from prefix_ds.run_folder import RunFolder, open_run
 from prefix_ds.scores import names_of, scored
 from prefix_ds.tracking import add_metrics, read_metrics
 from prefix_ds.writing import write_outputs
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "valid", "test"]
 
@@ -94,6 +97,7 @@ def _opened(folder: RunFolder, config: RunConfig, request: Request, world: World
 def _outputs(opened: Opened, prompts: Sequence[Prompt], config: RunConfig, world: World) -> list[str] | None:
     """What the run writes; None where no score asks for it. Every rank calls this."""
     if not config.evaluate.scores:
+        log.info("nothing is written for the records: evaluate.scores, or data.task, would say what to score")
         return None
     return [written.output for written in write_outputs(opened, prompts, config.generate, world)]
 

@@ -1,5 +1,6 @@
 """`data.task` fills in what a run file leaves out, and nothing else."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -112,4 +113,4 @@ def test_the_templates_of_an_example_fit_its_data(text):
         path = ROOT / getattr(config.data, split)
         _, record = next(FORMATS[path.suffix](str(path)))
         for key, template in template_keys(split, config.data):
-            assert parse_template(template, key).texts(yaml.safe_load(record), str(path))
+            assert parse_template(template, key).texts(json.loads(record), str(path))
