@@ -73,6 +73,6 @@ def _read(writer: Writer, sweep: Sweep, number: int, nll_E: NDArray[np.float64])
 
 def _by_record(nll_E: NDArray[np.float64], examples: Examples) -> RecordLosses:
     num_records = len(examples.records)
-    nll_R = np.bincount(examples.record_of, nll_E, num_records)
+    nll_R = np.bincount(examples.record_of, nll_E, num_records).astype(np.float64)
     num_targets_R = np.bincount(examples.record_of, examples.num_targets, num_records)
     return RecordLosses(nll_R, num_targets_R.astype(np.int64))

@@ -2,7 +2,8 @@
 
 Both are scores of a whole corpus. Of a single record BLEU counts only n-grams as long as the text has any
 (sacrebleu's effective order), as its command line does for sentences. Records may have different numbers of
-references; with several, BLEU takes each n-gram from wherever it occurs most often, chrF the best one.
+references; with several, BLEU takes each n-gram from wherever it occurs most often, chrF the best one, and of
+equal ones the first.
 
 The statistics come from methods that sacrebleu names with an underscore. Its own bootstrap is made of them,
 but gives half a width around the mean of the draws, which need not hold the score.
