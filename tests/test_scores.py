@@ -229,6 +229,13 @@ def test_the_names_of_the_configuration_are_those_there_are():
         names_of(["bleu", "rogue"])
 
 
+def test_no_library_speaks_while_a_run_trains(outputs, references, caplog, capfd):
+    with caplog.at_level("INFO"):
+        values_of(ALL, [f"{output} ." for output in outputs * 2], references * 2)
+    assert not caplog.messages
+    assert capfd.readouterr() == ("", "")
+
+
 def test_every_score_of_every_record_is_there(outputs, references):
     found = scored(ALL, outputs, references)
     assert [tuple(own) for own in found.of_records] == [ALL] * len(outputs)

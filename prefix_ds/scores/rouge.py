@@ -15,8 +15,11 @@ from prefix_ds.scores.sums import Sums, mean_of
 def rouge(kind: str, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Sums:
     """The mean over records of rouge1, rouge2 or rougeL."""
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    scorer = RougeScorer([kind], use_stemmer=False)
+    scorer = RougeScorer(
+        [kind], tokenizer=DefaultTokenizer(use_stemmer=False)
+    )  # or it logs that it takes this
     pairs = zip(outputs, references, strict=True)
     values = [100 * scorer.score_multi(known, output)[kind].fmeasure for output, known in pairs]
     version = importlib.metadata.version("rouge-score")
