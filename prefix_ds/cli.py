@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -85,6 +85,32 @@ def generate(
     from prefix_ds.generate import generate as write
 
     write(run, overrides or [], Request(prompt, input_file, output_file, without_prefix))
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    split: Annotated[Literal["train", "valid", "test"], typer.Option(help="data.SPLIT is read")] = "test",
+    without_prefix: Annotated[
+        bool, typer.Option("--without-prefix", help="the bare base, to compare")
+    ] = False,
+    instruction: Annotated[
+        bool, typer.Option("--instruction", help="prefix.text in front, untrained, to compare")
+    ] = False,
+) -> None:
+    """Score a run on a split: loss, perplexity, and its outputs by evaluate.scores."""
+    from prefix_ds.errors import ConfigError
+    from prefix_ds.evaluate import Request
+    from prefix_ds.evaluate import evaluate as score
+
+    if without_prefix and instruction:
+        raise ConfigError("--without-prefix and --instruction: one of them says what is in front")
+    score(
+        run,
+        overrides or [],
+        Request(split, "bare" if without_prefix else "instruction" if instruction else "trained"),
+    )
 
 
 @app.command()

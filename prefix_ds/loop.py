@@ -1,4 +1,4 @@
-"""Time: step, log, validate, save, stop.
+"""Time: step, log, validate, evaluate, save, stop.
 
 Written out in full, without callbacks: what happens when can be read from top to bottom. The stream gives the
 batch of a step from its number alone, so going on from a checkpoint is starting the loop at another number.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from prefix_ds import tracking
-from prefix_ds.config import RunKeys, TrainKeys
+from prefix_ds.config import EvaluateKeys, RunKeys, TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.engine.step import Engine, StepReport
 from prefix_ds.errors import Stopped
@@ -31,6 +31,14 @@ class Stream(Protocol):
 
     def share(self, step: int) -> Share:
         """This rank's part of the global batch of a step."""
+        ...
+
+
+class Sample(Protocol):
+    """Records to write for."""
+
+    def scores(self) -> dict[str, float]:
+        """The scores of what is written now, 0 to 100. Every rank calls this."""
         ...
 
 
@@ -61,6 +69,7 @@ class Run:
     engine: Engine
     stream: Stream
     validation: Iterable[Share] | None  # this rank's parts of the whole split, in a fixed order
+    sample: Sample | None  # None: no scores while training
     tracker: tracking.Tracker
     bar: tracking.Progress
     memory: Memory
@@ -68,13 +77,14 @@ class Run:
     gauge: Gauge
 
 
-def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Progress:
+def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, progress: Progress) -> Progress:
     """Trains from `progress` to the end of the stream.
 
     Raises Stopped, with a checkpoint written, when asked to stop.
     """
     if progress.step == 0:
-        progress = _validated(run, progress)
+        progress = _validated(run, evaluate, progress)
+        progress = _evaluated(run, evaluate, progress)
     while progress.step < run.stream.num_steps:
         rate = learning_rate(progress.step, run.stream.num_steps, train)
         started = time.perf_counter()
@@ -91,7 +101,9 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, progress: Progress) -> Pro
         if last or progress.step % cadence.log_every == 0:
             run.tracker.metrics(progress.step, _values(report, rate) | speed | run.gauge.of_memory())
         if last or _due(cadence.valid_every, progress.step):
-            progress = _validated(run, progress)
+            progress = _validated(run, evaluate, progress)
+        if last or _due(evaluate.every, progress.step):
+            progress = _evaluated(run, evaluate, progress)
         stop = run.stop.agreed()
         if last or stop or _due(cadence.save_every, progress.step):
             run.memory.save(run.engine, progress)
@@ -104,8 +116,8 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _validated(run: Run, progress: Progress) -> Progress:
-    """Validates; a better result (or any, without validation data, at the end) is kept."""
+def _validated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:
+    """Validates; a result of lower loss (or any, without validation data, at the end) is kept."""
     if run.validation is None:
         if progress.step == run.stream.num_steps:
             run.memory.save_result(run.engine, progress)
@@ -113,8 +125,21 @@ def _validated(run: Run, progress: Progress) -> Progress:
     loss = run.engine.validate(run.validation)
     run.tracker.metrics(progress.step, {"valid/loss": loss})
     progress = replace(progress, valid_loss=loss)
-    if progress.best_loss is None or loss < progress.best_loss:
+    if keys.best_by == "loss" and (progress.best_loss is None or loss < progress.best_loss):
         progress = replace(progress, best_loss=loss, best_step=progress.step)
+        run.memory.save_result(run.engine, progress)
+    return progress
+
+
+def _evaluated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:
+    """Scores what the run writes now; a result of a higher score, where that is what counts, is kept."""
+    if run.sample is None:
+        return progress
+    scores = run.sample.scores()
+    run.tracker.metrics(progress.step, {f"valid/{name}": value for name, value in scores.items()})
+    score = scores.get(keys.best_by)
+    if score is not None and (progress.best_score is None or score > progress.best_score):
+        progress = replace(progress, best_score=score, best_step=progress.step)
         run.memory.save_result(run.engine, progress)
     return progress
 

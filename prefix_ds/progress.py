@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """A run after `step` optimizer steps. Losses are means over target tokens, in nats."""
+    """A run after `step` optimizer steps. Losses are means over target tokens, in nats; scores 0 to 100."""
 
     step: int = 0
     valid_loss: float | None = None  # the latest
     best_loss: float | None = None
     best_step: int | None = None
+    best_score: float | None = None  # of evaluate.best_by, where that is a score: best_step is its step

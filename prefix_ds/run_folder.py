@@ -6,6 +6,7 @@
     checkpoints/step-00000200/   what the run goes on from
     prefix/  model/              the best result: keys and values, or (full, pretrain) a Hugging Face folder
     tokenizer/                   pretrain: the trained tokenizer
+    evaluate/test.json(l)        what `prefix-ds evaluate` found, and a line a record
 
 Starting the same run again goes on in its folder; another run's folder is refused with the keys that differ.
 Knows nothing of what the files hold.
@@ -62,6 +63,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """The tokenizer a pretraining made."""
         return self.path / "tokenizer"
+
+    @property
+    def evaluate(self) -> Path:
+        """What evaluations found."""
+        return self.path / "evaluate"
 
 
 def claim(config: RunConfig) -> RunFolder:

@@ -16,9 +16,9 @@ import mlflow
 from prefix_ds.config import RunConfig
 from prefix_ds.data.prompts import prompt_of_text
 from prefix_ds.dist import lasting_world
-from prefix_ds.generate import write_outputs
 from prefix_ds.opening import open_trained
 from prefix_ds.run_folder import open_run
+from prefix_ds.writing import write_outputs
 
 
 class ServedPrefix(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch import nn
 from prefix_ds import __version__
 from prefix_ds.config import RunConfig
 from prefix_ds.data.ahead import Ahead
-from prefix_ds.data.examples import Examples, load_examples
+from prefix_ds.data.examples import Examples, load_examples, source_of
 from prefix_ds.data.packing import Limits
+from prefix_ds.data.prompts import Prompt, read_prompts
 from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.texts import read_texts
 from prefix_ds.dist import (
@@ -39,6 +40,7 @@ from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import Settings, deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction, sharded_with_optimizer
 from prefix_ds.engine.vetting import vet
+from prefix_ds.evaluation import Sample
 from prefix_ds.files import whole_folder, write_text_atomically
 from prefix_ds.initial import initial_prefix
 from prefix_ds.loading import load_base, load_tokenizer, new_base
@@ -47,6 +49,7 @@ from prefix_ds.loop import Run, fit
 from prefix_ds.memory import RunMemory
 from prefix_ds.model import PrefixLM
 from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
+from prefix_ds.opening import Opened
 from prefix_ds.optim import adamw
 from prefix_ds.plan.fitting import fitted
 from prefix_ds.progress import Progress
@@ -106,6 +109,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     stream = Stream(examples["train"], limits, config.train, world)
     ahead = Ahead(stream.share, stream.num_steps, world.device)
     sweep = _sweep(examples["valid"], limits, world) if "valid" in examples else None
+    sample = _sample(config, trained, tokenizer, world) if config.evaluate.every else None
     gauge = Gauge(trained.cost, peak_flops(world, getattr(torch, config.model.dtype)), world.device)
     _tell(world, trained, examples.values(), start)
     told = examples.values() if world.is_first else ()  # a digest reads all of the data: once is enough
@@ -121,10 +125,10 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     )
     bar = progress_bar("training", stream.num_steps, done=start.step, is_visible=world.is_first)
     with tracker, bar as shown, ahead, sweep or contextlib.nullcontext():
-        run = Run(trained.engine, ahead, sweep, tracker, shown, memory, stop, gauge)
-        end = fit(run, config.train, config.run, start)
+        run = Run(trained.engine, ahead, sweep, sample, tracker, shown, memory, stop, gauge)
+        end = fit(run, config.train, config.run, config.evaluate, start)
         wait_for_all()
-    log.info("%s", _farewell(memory, end))
+    log.info("%s", _farewell(memory, config, end))
     if world.is_first:
         log.info("medians: %s", medians([r for r in read_metrics(folder.path) if r.step > start.step]))
     return end
@@ -210,6 +214,30 @@ def _sweep(examples: Examples, limits: Limits, world: World) -> Ahead:
     return Ahead(sweep.share, len(sweep), world.device)
 
 
+def _sample(config: RunConfig, trained: Trained, tokenizer: Any, world: World) -> Sample:
+    """What is written for while the run trains, and by what. Every rank calls this."""
+    data = config.data
+
+    def read() -> list[Prompt]:
+        source = source_of("valid", data)
+        return read_prompts(source, "data.valid", data, tokenizer, data.max_length, references=True)
+
+    return Sample(first_here_first(world, read), config, _writer(trained, tokenizer), world)
+
+
+def _writer(trained: Trained, tokenizer: Any) -> Callable[[], Opened]:
+    """What is trained, as it is when it is asked for."""
+    engine = trained.engine
+
+    def opened() -> Opened:
+        if not isinstance(engine, PrefixEngine):
+            return Opened(trained.lm, None, (), tokenizer, trained.base)
+        table_PD = engine.prefix.table().detach()
+        return Opened(trained.lm, table_PD, engine.prefix.slots, tokenizer, trained.base)
+
+    return opened
+
+
 def _facts(config: RunConfig, folder: RunFolder, examples: Iterable[Examples]) -> Facts:
     """What MLflow is told about the run, apart from its numbers."""
     return Facts(
@@ -250,8 +278,10 @@ def _resident(base: Sharded, device: torch.device) -> str:
     return f"{total / 2**20:,.1f} MiB{elsewhere} resident on each rank{on_disk}"
 
 
-def _farewell(memory: RunMemory, end: Progress) -> str:
-    best = (
-        "" if end.best_loss is None else f"; best validation loss {end.best_loss:.4f} at step {end.best_step}"
-    )
+def _farewell(memory: RunMemory, config: RunConfig, end: Progress) -> str:
+    best = ""
+    if end.best_score is not None:
+        best = f"; best validation {config.evaluate.best_by} {end.best_score:.2f} at step {end.best_step}"
+    elif end.best_loss is not None:
+        best = f"; best validation loss {end.best_loss:.4f} at step {end.best_step}"
     return f"done after {end.step} steps{best}: {memory.result}"

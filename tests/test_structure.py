@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"__init__", "errors"},
     {"config", "devices", "dist", "files", "progress", "promise"},
-    {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "stop", "new_tokenizer"},
+    {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "scores", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
     {"card", "engine", "initial", "merging", "result", "rows", "speed", "suitability"},
     {"loop", "memory", "opening", "export", "plan"},
-    {"train", "generate", "check", "init", "importing", "exporting", "links", "compare"},
+    {"writing"},
+    {"evaluation"},
+    {"train", "evaluate", "generate", "check", "init", "importing", "exporting", "links", "compare"},
     {"demo", "served"},
     {"cli"},
     {"__main__"},
@@ -34,9 +36,11 @@ DOORS = {
     "datasets": {"data", "logs"},
     "jinja2": {"compare"},
     "matplotlib": set(),
+    "rouge_score": {"scores"},
+    "sacrebleu": {"scores"},
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}
-TORCH_FREE |= {"compare", "tracking"}
+TORCH_FREE |= {"compare", "scores", "tracking"}
 
 
 def modules():

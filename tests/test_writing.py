@@ -17,13 +17,13 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
 from prefix_ds.engine.whole import bytes_to_gather, whole
 from prefix_ds.errors import ConfigError
-from prefix_ds.generate import write_outputs
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM, attention, steps
 from prefix_ds.opening import open_trained
 from prefix_ds.plan import writing
 from prefix_ds.prefix import random_table
 from prefix_ds.run_folder import open_run
+from prefix_ds.writing import write_outputs
 from tests.laws import seen_steps, tokens
 from tests.planned import counted_gathers
 from tests.ranks import command, on_ranks

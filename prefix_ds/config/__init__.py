@@ -3,6 +3,7 @@
 from prefix_ds.config.keys import (
     DataKeys,
     EngineKeys,
+    EvaluateKeys,
     GenerateKeys,
     MlflowKeys,
     ModelKeys,
@@ -16,6 +17,7 @@ from prefix_ds.config.reading import config_text, differing_keys, parse_config, 
 __all__ = [
     "DataKeys",
     "EngineKeys",
+    "EvaluateKeys",
     "GenerateKeys",
     "MlflowKeys",
     "ModelKeys",

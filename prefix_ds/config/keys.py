@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 Recompute = bool | int | Literal["auto"]
+Task = Literal["summarization", "translation", "question_answering", "data_to_text", "generation"]
+ScoreName = Literal["rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact_match", "f1"]
 
 
 def key(default: Any, doc: str, *, free: bool = False, **bounds: Any) -> Any:
@@ -102,6 +104,9 @@ class PrefixKeys(Section):
 class DataKeys(Section):
     """Records, and how they become text."""
 
+    task: Task | None = key(
+        None, "sets templates, lengths and scores that the run file leaves out (docs/tasks.md)", free=True
+    )
     train: str | list[str] | None = key(
         None, "files (.jsonl .csv .parquet .txt, globs) or a hub id, as ORG/NAME?split=train"
     )
@@ -187,6 +192,25 @@ class GenerateKeys(Section):
     )
 
 
+class EvaluateKeys(Section):
+    """How outputs are scored, by `prefix-ds evaluate` and while training."""
+
+    scores: list[Literal["rouge", ScoreName]] | None = key(
+        None, "scores of outputs, rouge being three of them; empty: those of data.task, else none", free=True
+    )
+    every: int = key(0, "steps between two evaluations while training, by these scores; 0: none", ge=0)
+    sample: int = key(64, "records of data.valid they write for, drawn with train.seed", ge=1)
+    best_by: Literal["loss", ScoreName] = key(
+        "loss", "what the best prefix is best by: validation loss, or a score of evaluate.every"
+    )
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        """`evaluate.scores=rouge,bleu` is what one types."""
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 class RunConfig(Section):
     """A whole run: the sections of run.yaml."""
 
@@ -198,6 +222,7 @@ class RunConfig(Section):
     run: RunKeys = RunKeys()
     mlflow: MlflowKeys = MlflowKeys()
     generate: GenerateKeys = GenerateKeys()
+    evaluate: EvaluateKeys = EvaluateKeys()
 
     @model_validator(mode="after")
     def _base_is_named(self) -> "RunConfig":
@@ -249,6 +274,20 @@ class RunConfig(Section):
                 f"train.micro_batch_tokens: {self.train.micro_batch_tokens} is less than data.max_length "
                 f"{self.data.max_length}; one example must fit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _outputs_can_be_scored(self) -> "RunConfig":
+        keys = self.evaluate
+        if keys.best_by != "loss" and not keys.every:
+            raise ValueError(
+                f"evaluate.best_by: {keys.best_by} is known only from evaluations while training; "
+                "set evaluate.every"
+            )
+        if keys.every and not self.data.valid:
+            raise ValueError("evaluate.every: there is nothing to write for; set data.valid")
+        if keys.every and not keys.scores and keys.best_by == "loss":
+            raise ValueError("evaluate.every: there is nothing to score by; set evaluate.scores or data.task")
         return self
 
     @field_validator("prefix")

@@ -105,7 +105,8 @@ def _words(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_words(kind) for kind in inner)
     if origin is list:
-        return f"list of {_words(inner[0])}s"
+        plural = "s" if inner[0] in _WORDS else ""  # not behind a list of choices
+        return f"list of {_words(inner[0])}{plural}"
     if origin is tuple:
         return f"{len(inner)} {_words(inner[0])}s"
     return "mapping" if origin is dict else _WORDS[annotation]

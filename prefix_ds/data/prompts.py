@@ -38,7 +38,7 @@ def read_prompts(
     first go first.
     """
     records = read_records(source, key)
-    prompt, target = templates_of("test", data)
+    prompt, target = templates_of("train" if key == "data.train" else "test", data)
     prompt.check(records[0], records.place(0))
     encoder = encoder_of(tokenizer)
     found = []

@@ -17,7 +17,7 @@ from prefix_ds.data.batch import Share
 from prefix_ds.data.collate import collate
 from prefix_ds.data.examples import Examples, Ints
 from prefix_ds.data.order import Order
-from prefix_ds.data.packing import Limits, plan
+from prefix_ds.data.packing import Limits, MicroBatch, plan
 from prefix_ds.dist import World
 
 # Micro-batches a rank gets at once in a sweep: more waste less on the last one, and take more memory.
@@ -65,6 +65,12 @@ class Sweep:
         """This rank's part of a chunk of the examples, 0 being the first."""
         return _share(self.examples, self._chunks[number], self.limits, self.world)
 
+    def examples_of(self, number: int) -> list[list[int]]:
+        """For each micro-batch of `share(number)` its examples, in the order of its documents."""
+        chunk = self._chunks[number]
+        own = _planned(self.examples, chunk, self.limits, self.world)
+        return [[int(chunk[document]) for row in rows for document in row] for rows in own]
+
     def _cut(self) -> list[Ints]:
         """Neighbouring examples with about as many tokens as all ranks take in a few micro-batches."""
         budget = self.world.size * self.limits.micro_batch_tokens * _SWEEP_MICRO_BATCHES
@@ -75,7 +81,7 @@ class Sweep:
 
 def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Share:
     lengths, num_targets = examples.lengths[batch], examples.num_targets[batch]
-    own = plan(lengths.tolist(), limits, world.size)[world.rank]
+    own = _planned(examples, batch, limits, world)
     wanted = [document for rows in own for row in rows for document in row]
     ids = dict(zip(wanted, examples.ids(batch[wanted]), strict=True)) if wanted else {}
     return Share(
@@ -85,3 +91,8 @@ def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Sha
         num_examples=len(batch),
         global_squares=int((lengths**2).sum()),
     )
+
+
+def _planned(examples: Examples, batch: Ints, limits: Limits, world: World) -> list[MicroBatch]:
+    """This rank's micro-batches, of places in `batch`."""
+    return plan(examples.lengths[batch].tolist(), limits, world.size)[world.rank]

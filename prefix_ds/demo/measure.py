@@ -21,12 +21,12 @@ from prefix_ds.data.stream import Sweep
 from prefix_ds.demo.comparison import Comparison, Scores, write_comparison
 from prefix_ds.dist import World, joined_world, peers_may_die
 from prefix_ds.engine.prefix_engine import mean_loss
-from prefix_ds.generate import write_outputs
 from prefix_ds.initial import initial_prefix
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import open_run
+from prefix_ds.writing import write_outputs
 
 
 def measure(folder: Path) -> None:

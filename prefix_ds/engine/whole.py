@@ -30,7 +30,8 @@ def whole(base: Sharded) -> Iterator[None]:
     The base must not lie on a disk, and nothing may be trained meanwhile.
     """
     assert not base.bytes_on_disk()
-    offload = base.engine.optimizer
+    optimizer = base.engine.optimizer
+    offload = getattr(optimizer, "parameter_offload", optimizer)
     parameters = [p for p in base.module.parameters() if hasattr(p, "ds_tensor")]
     offload.partition_all_parameters()  # also what was gathered ahead, and what stays whole: all begin alike
     with _without([*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]):

@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefix_ds.model.finish import Finish
-from prefix_ds.model.likelihood import summed_nll_behind
+from prefix_ds.model.likelihood import LogitsOf, summed_nll_behind
 
 Layer = Callable[..., Tensor]
 _Answer = Callable[[Tensor], Tensor]  # what the layer gives for hidden states [1, M, D]
+_Loss = Callable[[Tensor, Tensor, LogitsOf, int], Tensor]  # of hidden states [M, D] and ids [M]
 
 
 class Head:
@@ -58,11 +59,17 @@ class Head:
         return logits[0] if is_selected else logits.flatten(0, 1).index_select(0, index_M)
 
     def nll(
-        self, index_M: Tensor, ids_M: Tensor, finish: Finish, vocab_size: int, forward: Callable[[], Tensor]
+        self,
+        index_M: Tensor,
+        ids_M: Tensor,
+        finish: Finish,
+        vocab_size: int,
+        forward: Callable[[], Tensor],
+        loss: _Loss = summed_nll_behind,
     ) -> Tensor:
         """The summed negative log-likelihood of these tokens at these places: a float64 scalar.
 
-        `finish` makes logits of what the layer gives.
+        `finish` makes logits of what the layer gives; `loss` may be another of the room `likelihood`.
         """
         found: list[Tensor] = []
 
@@ -70,7 +77,7 @@ class Head:
             return finish(self._stock(hidden_CD[None]))
 
         def loss_of(hidden_1MD: Tensor) -> Tensor:
-            found.append(summed_nll_behind(hidden_1MD[0], ids_M, logits_of, vocab_size))
+            found.append(loss(hidden_1MD[0], ids_M, logits_of, vocab_size))
             return hidden_1MD.new_zeros(1, 1, vocab_size)  # for what the family does to logits
 
         self._during(forward, index_M, loss_of)

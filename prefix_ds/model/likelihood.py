@@ -83,6 +83,23 @@ class _SummedNLLBehind(torch.autograd.Function):
         return grad_MD * grads[0].to(grad_MD.dtype), None, None, None
 
 
+@torch.no_grad()
+def nll_of_each(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
+    """Minus the log-probability of each of `ids_M`: [M] in float64, without a gradient."""
+    found = [
+        (block_CV.to(_wide(block_CV)).logsumexp(dim=-1) - _at(block_CV, ids_C)).double()
+        for block_CV, ids_C in _blocks(logits_MV, ids_M)
+    ]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def nll_of_each_behind(hidden_MD: Tensor, ids_M: Tensor, logits_of: LogitsOf, vocab_size: int) -> Tensor:
+    """The same of logits that `logits_of` makes of hidden states."""
+    chunks = _chunks(hidden_MD, ids_M, vocab_size)
+    return torch.cat([nll_of_each(logits_of(part_CD)[0], ids_C) for part_CD, ids_C in chunks])
+
+
 def _turned_into_gradient(logits_CV: Tensor, ids_C: Tensor, wanted: bool) -> Tensor:
     """The summed loss; where it is wanted, the gradient to the logits stands in their place."""
     total = logits_CV.new_zeros((), dtype=torch.float64)

@@ -30,7 +30,7 @@ from prefix_ds.model.base import (
 )
 from prefix_ds.model.finish import finish_of
 from prefix_ds.model.head import Head
-from prefix_ds.model.likelihood import summed_nll
+from prefix_ds.model.likelihood import nll_of_each, nll_of_each_behind, summed_nll
 from prefix_ds.model.norms import take_over_norms
 from prefix_ds.model.positions import num_learnt, positions_of
 from prefix_ds.model.recompute import Recomputation
@@ -130,6 +130,22 @@ class PrefixLM:
             return summed_nll(self.logits(batch, table_PD, slots), batch.target_ids_M)
         asked = batch.target_index_M, batch.target_ids_M, finish, size
         return self._behind(batch, table_PD, slots, lambda forward: self._head.nll(*asked, forward))
+
+    @torch.no_grad()
+    def nll_of_each(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
+        """The negative log-likelihood [M] of each target, in float64, as `loss` adds them up.
+
+        No gradient. Every rank calls this, also with a batch without targets.
+        """
+        if len(batch.target_ids_M) == 0:
+            return self.loss(batch, table_PD, slots)[None][:0]
+        finish, size = self._findings.finish, self._findings.vocab_size
+        if finish is None or not self._head.is_frozen:
+            return nll_of_each(self.logits(batch, table_PD, slots), batch.target_ids_M)
+        asked = batch.target_index_M, batch.target_ids_M, finish, size
+        return self._behind(
+            batch, table_PD, slots, lambda forward: self._head.nll(*asked, forward, nll_of_each_behind)
+        )
 
     def logits(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The logits [M, V] of the batch's targets, behind the prefix or none. Every rank calls this."""

@@ -1,5 +1,6 @@
 """Where numbers go: JSON lines, MLflow, a progress bar."""
 
+from prefix_ds.tracking.afterwards import add_metrics
 from prefix_ds.tracking.facts import (
     DatasetFacts,
     Facts,
@@ -36,6 +37,7 @@ __all__ = [
     "SilentTracker",
     "Status",
     "Tracker",
+    "add_metrics",
     "flattened",
     "has_facts",
     "histories_of",

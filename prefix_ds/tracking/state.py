@@ -51,6 +51,11 @@ class State:
         self.sent[name] = [step, milliseconds, value]
 
 
+def has_state(run: Path) -> bool:
+    """Whether MLflow was ever told of a run."""
+    return (run / _FILE).exists()
+
+
 def read_state(run: Path) -> State:
     """The state of a run; an empty one if there is none, or none that can be read."""
     try:

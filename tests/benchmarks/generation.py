@@ -35,11 +35,11 @@ from prefix_ds.dist import joined_world, wait_for_all
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
-from prefix_ds.generate import write_outputs
 from prefix_ds.loading import load_base, load_tokenizer
 from prefix_ds.model import PrefixLM, decoding, steps
 from prefix_ds.opening import Opened
 from prefix_ds.prefix import random_table
+from prefix_ds.writing import write_outputs
 from tests.benchmarks.made import base_folder, rows, summaries
 from tests.planned import counted_gathers
 from tests.ranks import on_ranks

@@ -1,0 +1,138 @@
+"""`prefix-ds evaluate`: how good a run is on a split of its data.
+
+Loss and perplexity of what people wrote, and scores of what the run writes itself; the same of the base with
+nothing in front, or with the written instruction in front, to compare. What is wrong with the data comes to
+light before the base is loaded.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from prefix_ds.checkpoint import read_prefix
+from prefix_ds.config import RunConfig, parse_config
+from prefix_ds.config.reading import config_text
+from prefix_ds.data.examples import load_examples, source_of
+from prefix_ds.data.prompts import Prompt, read_prompts
+from prefix_ds.dist import World, first_here_first, joined_world, on_first, peers_may_die, together
+from prefix_ds.errors import ConfigError
+from prefix_ds.evaluation import Evaluation, Front, RecordLosses, record_losses, table_of, write_evaluation
+from prefix_ds.initial import initial_prefix
+from prefix_ds.loading import check_folder, load_tokenizer
+from prefix_ds.logs import configure_logging
+from prefix_ds.opening import Opened, model_of, open_trained
+from prefix_ds.rows import limits_for
+from prefix_ds.run_folder import RunFolder, open_run
+from prefix_ds.scores import names_of, scored
+from prefix_ds.tracking import add_metrics, read_metrics
+from prefix_ds.writing import write_outputs
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "valid", "test"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate, and what stands in front of the texts."""
+
+    split: Split = "test"
+    front: Front = "trained"
+
+
+def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
+    """Evaluates a run, and leaves files, metrics and a table. Raises PrefixError. Every rank calls this."""
+    configure_logging()
+    folder, config = open_run(run)
+    config = parse_config(config_text(config), overrides)
+    check_request(config, request)
+    with joined_world() as world, peers_may_die():
+        started = time.monotonic()
+        tokenizer = together(lambda: _tokenizer(folder, config))
+        prompts = first_here_first(world, lambda: _prompts(request.split, config, tokenizer))
+        examples = load_examples(request.split, config.data, tokenizer, world)
+        opened = _opened(folder, config, request, world)
+        losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
+        outputs = _outputs(opened, prompts, config, world)
+        on_first(world, lambda: _deliver(folder, config, request, prompts, losses, outputs, started))
+
+
+def check_request(config: RunConfig, request: Request) -> None:
+    """Raises ConfigError for what makes no sense with this run."""
+    source_of(request.split, config.data)
+    if request.front != "trained" and config.train.method != "prefix":
+        raise ConfigError(
+            f"train.method: {config.train.method}: all weights were trained; there is no prefix to leave out"
+        )
+    if request.front == "instruction" and config.prefix.init != "text":
+        raise ConfigError("prefix.init: random: this run started from noise; there is no instruction")
+
+
+def _tokenizer(folder: RunFolder, config: RunConfig) -> Any:
+    keys = model_of(folder, config)
+    check_folder(keys)
+    return load_tokenizer(keys)
+
+
+def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:
+    data = config.data
+    source, key = source_of(split, data), f"data.{split}"
+    return read_prompts(source, key, data, tokenizer, data.max_length, references=True)
+
+
+def _opened(folder: RunFolder, config: RunConfig, request: Request, world: World) -> Opened:
+    """The run's model, behind what the request asks for. Every rank calls this."""
+    opened = open_trained(folder, config, world, with_prefix=request.front == "trained")
+    if request.front != "instruction":
+        return opened
+    start = initial_prefix(opened.lm, config.prefix, opened.tokenizer, config.train.seed, world.device)
+    return replace(opened, table_PD=start.table().detach(), slots=start.slots)
+
+
+def _outputs(opened: Opened, prompts: Sequence[Prompt], config: RunConfig, world: World) -> list[str] | None:
+    """What the run writes; None where no score asks for it. Every rank calls this."""
+    if not config.evaluate.scores:
+        log.info("nothing is written for the records: evaluate.scores, or data.task, would say what to score")
+        return None
+    return [written.output for written in write_outputs(opened, prompts, config.generate, world)]
+
+
+def _deliver(
+    folder: RunFolder,
+    config: RunConfig,
+    request: Request,
+    prompts: Sequence[Prompt],
+    losses: RecordLosses,
+    outputs: Sequence[str] | None,
+    started: float,
+) -> None:
+    """Scores, writes, shows and tells. Rank 0 calls this."""
+    names = names_of(config.evaluate.scores or ())
+    found = Evaluation(
+        split=request.split,
+        front=request.front,
+        data=source_of(request.split, config.data),
+        prompts=prompts,
+        losses=losses,
+        outputs=outputs,
+        scored=scored(names, outputs or (), [prompt.references for prompt in prompts]),
+        generate=config.generate,
+        seconds=time.monotonic() - started,
+    )
+    write_evaluation(folder.evaluate, found)
+    Console().print(table_of(found))
+    add_metrics(folder.path, _step(folder, config, request), found.metrics(), uri=config.mlflow.uri)
+
+
+def _step(folder: RunFolder, config: RunConfig, request: Request) -> int:
+    """The optimizer steps behind what was evaluated."""
+    if request.front != "trained":
+        return 0
+    if config.train.method == "prefix":
+        return read_prefix(folder.prefix).facts.step
+    return max((record.step for record in read_metrics(folder.path)), default=0)

@@ -1,0 +1,113 @@
+"""What an evaluation found: as two files of the run folder, as a table, and as metrics.
+
+    evaluate/test.json               loss, perplexity, scores with their intervals and signatures
+    evaluate/test.jsonl              a line a record: prompt, output, references, its loss and its scores
+    evaluate/test.bare.json(l)       the same of the base with nothing in front
+    evaluate/test.instruction.json(l)   and of the written instruction, untrained
+
+Knows nothing of models.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from prefix_ds.config import GenerateKeys
+from prefix_ds.data.prompts import Prompt
+from prefix_ds.errors import printable
+from prefix_ds.evaluation.losses import RecordLosses
+from prefix_ds.files import sync, telling_disk_errors, whole_file
+from prefix_ds.scores import Scored
+
+Front = Literal["trained", "bare", "instruction"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One split, read and written for."""
+
+    split: str
+    front: Front  # what stood in front of the texts
+    data: str | list[str]  # as run.yaml has it
+    prompts: Sequence[Prompt]
+    losses: RecordLosses
+    outputs: Sequence[str] | None  # None: there was nothing to score them by
+    scored: Scored
+    generate: GenerateKeys
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Of its files and metrics."""
+        return self.split if self.front == "trained" else f"{self.split}.{self.front}"
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers, as a run's metrics name them."""
+        plain = {"loss": self.losses.loss, "perplexity": self.losses.perplexity}
+        for score in self.scored.scores:
+            plain |= {
+                score.name: score.value,
+                f"{score.name}/low": score.low,
+                f"{score.name}/high": score.high,
+            }
+        return {f"evaluate/{self.name}/{name}": value for name, value in plain.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What `NAME.json` holds; `prefix-ds compare` reads it."""
+        return {
+            "split": self.split,
+            "data": self.data,
+            "records": len(self.prompts),
+            "targets": self.losses.num_targets,
+            "loss": self.losses.loss,
+            "perplexity": self.losses.perplexity,
+            "scores": {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in self.scored.scores},
+            "signatures": self.scored.signatures,
+            "generate": self.generate.model_dump(mode="json"),
+            "without_prefix": self.front != "trained",
+            "seconds": round(self.seconds, 3),
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What `NAME.jsonl` holds, a record a line."""
+        for number, prompt in enumerate(self.prompts):
+            yield {
+                "prompt": prompt.text,
+                "output": self.outputs[number] if self.outputs is not None else None,
+                "references": list(prompt.references),
+                "nll": float(self.losses.nll_R[number]),
+                "num_targets": int(self.losses.num_targets_R[number]),
+                "scores": self.scored.of_records[number] if self.scored.of_records else {},
+            }
+
+
+def write_evaluation(folder: Path, found: Evaluation) -> None:
+    """Writes both files, or neither. Raises RunError."""
+    with telling_disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    lines, summary = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"
+    with whole_file(lines) as new_lines, whole_file(summary) as new_summary:
+        with telling_disk_errors(lines), new_lines.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows())
+        new_summary.write_text(json.dumps(found.summary(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        sync(new_lines)  # a disk that is full says so now, while both old files are there
+
+
+def table_of(found: Evaluation) -> Table:
+    """The numbers, for a terminal."""
+    losses = found.losses
+    title = f"{found.name}: {len(found.prompts):,} records, {losses.num_targets:,} target tokens"
+    table = Table(title=Text(printable(title)), title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_row("loss (nats a token)", f"{losses.loss:.4f}", "")
+    table.add_row("perplexity", f"{losses.perplexity:.4g}", "")
+    for score in found.scored.scores:
+        table.add_row(score.name, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}")
+    return table
