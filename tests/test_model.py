@@ -494,6 +494,28 @@ def test_logits_that_nobody_knows_how_to_finish_are_computed_at_once(llama: Pref
     assert distance(grad_PD, whole_PD) < EXACT
 
 
+@pytest.mark.parametrize("chunk", [100, 10**9])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "bart", "gpt2"])
+def test_the_loss_of_each_target_is_a_part_of_the_whole(
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(likelihood._CHUNK_BYTES, "cpu", chunk)
+    lm = PrefixLM(tiny(family))
+    batch, table_PD = batch_of([tokens(9), tokens(4, seed=1)]), noisy_table(lm)
+    each_M = lm.nll_of_each(batch, table_PD, lm.slots)
+    assert not each_M.requires_grad
+    assert distance(each_M.sum(), lm.loss(batch, table_PD, lm.slots)) < EXACT
+    at = torch.tensor([11, 3])
+    some = replace(batch, target_index_M=batch.target_index_M[at], target_ids_M=batch.target_ids_M[at])
+    assert distance(lm.nll_of_each(some, table_PD, lm.slots), each_M[at]) < EXACT
+    lm._findings = replace(lm._findings, finish=None)
+    assert distance(lm.nll_of_each(batch, table_PD, lm.slots), each_M) < EXACT
+    none = replace(batch, target_index_M=torch.arange(0), target_ids_M=torch.arange(0))
+    with calls_of(lm.base) as calls:
+        assert lm.nll_of_each(none, table_PD, lm.slots).tolist() == []
+    assert len(calls) == 1, "its ranks would wait for it"
+
+
 def test_without_gradients_the_output_layer_has_none_either(llama: PrefixLM) -> None:
     batch = batch_of([tokens(9)])
     with torch.no_grad():

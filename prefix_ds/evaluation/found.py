@@ -91,11 +91,11 @@ def write_evaluation(folder: Path, found: Evaluation) -> None:
     with telling_disk_errors(folder):
         folder.mkdir(exist_ok=True)
     lines, summary = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"
-    with whole_file(lines) as new_lines, whole_file(summary) as new_summary:
+    with whole_file(summary) as new_summary, whole_file(lines) as new_lines:  # the lines are there first
         with telling_disk_errors(lines), new_lines.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows())
         new_summary.write_text(json.dumps(found.summary(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        sync(new_lines)  # a disk that is full says so now, while both old files are there
+        sync(new_summary)  # a disk that is full says so now, while both old files are there
 
 
 def table_of(found: Evaluation) -> Table:
