@@ -238,7 +238,8 @@ def compare(
     from prefix_ds.compare import Request
     from prefix_ds.compare import compare as show
 
-    show(Request(runs or (), experiment, uri, by, html, as_json, log))
+    with _garbage_kept():
+        show(Request(runs or (), experiment, uri, by, html, as_json, log))
 
 
 @app.command()
@@ -259,7 +260,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="where its runs go")] = Pat
 
 @contextmanager
 def _garbage_kept() -> Iterator[None]:
-    """Importing torch and transformers makes so many objects that searching them costs a plan a quarter."""
+    """Importing torch or MLflow makes so many objects that searching them costs a short command a quarter."""
     gc.disable()
     try:
         yield
