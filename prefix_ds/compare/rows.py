@@ -124,12 +124,17 @@ def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
 
 def _title(kind: str, run: Seen) -> str:
     if kind == "base":
-        return f"bare base {run.params.get('model.name', '')}".rstrip()
+        return f"bare base {_short_path(run.params.get('model.name', ''))}".rstrip()
     if kind != "instruction":
         return kind
     text, length = " ".join(run.params.get("prefix.text", "").split()), run.params.get("prefix.length")
     positions = f" ({length} positions)" if length else ""
     return f"instruction alone{positions}: {text}"
+
+
+def _short_path(name: str) -> str:
+    """The end of a folder's path; a hub id as it is."""
+    return "/".join(name.rstrip("/").split("/")[-2:]) if name.startswith("/") else name
 
 
 def _notes_of(run: Seen) -> list[str]:
