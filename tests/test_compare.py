@@ -393,16 +393,19 @@ def test_the_report_is_kept_and_seeds_are_nested(server: MlflowServer, tmp_path:
     for run in a_sweep(tmp_path, experiment="kept"):
         sync_run(run, server.uri)
     before = plain(of_mlflow(server.uri, "kept"))
-    for _ in range(2):
-        compare(Request(experiment="kept", uri=server.uri, log=True))
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("kept")
+    (hung,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'prefix-0.3-s2'")
+    client.set_tag(hung.info.run_id, "mlflow.parentRunId", "a parent of the user's")
+    for _ in range(2):
+        compare(Request(experiment="kept", uri=server.uri, log=True))
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert len(runs) == 7 + 3
     report = runs["comparison by validation loss"].info.run_id
     assert [file.path for file in client.list_artifacts(report)] == ["comparison.json", "report.html"]
     parent = runs["prefix-0.3 (3 seeds)"]
     assert runs["prefix-0.3-s1"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert runs["prefix-0.3-s2"].data.tags["mlflow.parentRunId"] == "a parent of the user's"
     assert "mlflow.parentRunId" not in runs["full"].data.tags
     assert parent.data.metrics["summary/valid_loss"] == pytest.approx(1.42)
     assert parent.info.status == "FINISHED"
