@@ -161,6 +161,13 @@ def test_scores_have_their_intervals_and_directions(tmp_path: Path) -> None:
     assert row(comparison, "bare base acme/base").values["test/loss"].value == 2.8
 
 
+def test_seeds_that_were_not_all_scored_are_told(tmp_path: Path) -> None:
+    evaluated(a_sweep(tmp_path)[0], "test", 1.7, {"rougeL": (40.0, 39.0, 41.0)})
+    comparison = of_folders(tmp_path)
+    assert row(comparison, "prefix-0.1").notes == ["scores of 1 of 3"]
+    assert row(comparison, "prefix-0.3").notes == []
+
+
 def test_time_speed_and_memory_are_those_of_the_steps(tmp_path: Path) -> None:
     made_run(tmp_path, "a")
     values = {name: value.value for name, value in row(of_folders(tmp_path), "a").values.items()}

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from prefix_ds.compare.measures import is_score
 from prefix_ds.compare.seen import Seen, Value, Values
 
 SEED = "train.seed"
@@ -51,7 +52,14 @@ class Row:
         if not self.is_trained:
             return []
         words = [word for run in self.members for word in _notes_of(run)]
-        return [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
+        counted = [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
+        return counted + self._partly_scored()
+
+    def _partly_scored(self) -> list[str]:
+        """A word where scores are not those of all its runs."""
+        counts = [value.count for name, value in self.values.items() if is_score(name)]
+        size = len(self.members)
+        return [f"scores of {min(counts)} of {size}"] if counts and min(counts) < size else []
 
 
 def run_row(run: Seen) -> Row:
