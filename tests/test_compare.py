@@ -161,6 +161,13 @@ def test_scores_have_their_intervals_and_directions(tmp_path: Path) -> None:
     assert row(comparison, "bare base acme/base").values["test/loss"].value == 2.8
 
 
+def test_seeds_that_were_not_all_scored_are_told(tmp_path: Path) -> None:
+    evaluated(a_sweep(tmp_path)[0], "test", 1.7, {"rougeL": (40.0, 39.0, 41.0)})
+    comparison = of_folders(tmp_path)
+    assert row(comparison, "prefix-0.1").notes == ["scores of 1 of 3"]
+    assert row(comparison, "prefix-0.3").notes == []
+
+
 def test_time_speed_and_memory_are_those_of_the_steps(tmp_path: Path) -> None:
     made_run(tmp_path, "a")
     values = {name: value.value for name, value in row(of_folders(tmp_path), "a").values.items()}
@@ -393,16 +400,19 @@ def test_the_report_is_kept_and_seeds_are_nested(server: MlflowServer, tmp_path:
     for run in a_sweep(tmp_path, experiment="kept"):
         sync_run(run, server.uri)
     before = plain(of_mlflow(server.uri, "kept"))
-    for _ in range(2):
-        compare(Request(experiment="kept", uri=server.uri, log=True))
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("kept")
+    (hung,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'prefix-0.3-s2'")
+    client.set_tag(hung.info.run_id, "mlflow.parentRunId", "a parent of the user's")
+    for _ in range(2):
+        compare(Request(experiment="kept", uri=server.uri, log=True))
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert len(runs) == 7 + 3
     report = runs["comparison by validation loss"].info.run_id
     assert [file.path for file in client.list_artifacts(report)] == ["comparison.json", "report.html"]
     parent = runs["prefix-0.3 (3 seeds)"]
     assert runs["prefix-0.3-s1"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert runs["prefix-0.3-s2"].data.tags["mlflow.parentRunId"] == "a parent of the user's"
     assert "mlflow.parentRunId" not in runs["full"].data.tags
     assert parent.data.metrics["summary/valid_loss"] == pytest.approx(1.42)
     assert parent.info.status == "FINISHED"

@@ -27,6 +27,7 @@ from prefix_ds.tracking import (
 )
 
 _SPLITS = ("train", "valid", "test")
+_NAMED = 3  # folders
 
 
 class Folders:
@@ -34,7 +35,7 @@ class Folders:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Raises RunError for a folder that is neither."""
-        self.name = ", ".join(map(str, paths))
+        self.name = ", ".join(map(str, paths)) if len(paths) <= _NAMED else f"{len(paths)} folders"
         self._runs = list(dict.fromkeys(run for path in paths for run in _runs_in(path)))
 
     def runs(self) -> list[Seen]:

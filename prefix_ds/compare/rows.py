@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from prefix_ds.compare.measures import is_score
 from prefix_ds.compare.seen import Seen, Value, Values
 
 SEED = "train.seed"
@@ -51,7 +52,14 @@ class Row:
         if not self.is_trained:
             return []
         words = [word for run in self.members for word in _notes_of(run)]
-        return [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
+        counted = [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
+        return counted + self._partly_scored()
+
+    def _partly_scored(self) -> list[str]:
+        """A word where scores are not those of all its runs."""
+        counts = [value.count for name, value in self.values.items() if is_score(name)]
+        size = len(self.members)
+        return [f"scores of {min(counts)} of {size}"] if counts and min(counts) < size else []
 
 
 def run_row(run: Seen) -> Row:
@@ -124,12 +132,17 @@ def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
 
 def _title(kind: str, run: Seen) -> str:
     if kind == "base":
-        return f"bare base {run.params.get('model.name', '')}".rstrip()
+        return f"bare base {_short_path(run.params.get('model.name', ''))}".rstrip()
     if kind != "instruction":
         return kind
     text, length = " ".join(run.params.get("prefix.text", "").split()), run.params.get("prefix.length")
     positions = f" ({length} positions)" if length else ""
     return f"instruction alone{positions}: {text}"
+
+
+def _short_path(name: str) -> str:
+    """The end of a folder's path; a hub id as it is."""
+    return "/".join(name.rstrip("/").split("/")[-2:]) if name.startswith("/") else name
 
 
 def _notes_of(run: Seen) -> list[str]:

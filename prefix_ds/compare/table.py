@@ -18,7 +18,7 @@ from prefix_ds.errors import printable
 
 KEYS_BESIDE = 3  # so many differing keys stand in the first table; more have one of their own
 _NARROWEST = 12  # characters of the column of names
-_LONGEST = 40  # characters of a value or a name
+_LONGEST = 48  # characters of a value or a name
 
 
 def show(console: Console, comparison: Comparison) -> None:
