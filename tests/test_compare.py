@@ -166,6 +166,7 @@ def test_seeds_that_were_not_all_scored_are_told(tmp_path: Path) -> None:
     comparison = of_folders(tmp_path)
     assert row(comparison, "prefix-0.1").notes == ["scores of 1 of 3"]
     assert row(comparison, "prefix-0.3").notes == []
+    assert "scores of 1 of 3" in page_of(comparison, tmp_path)
 
 
 def test_time_speed_and_memory_are_those_of_the_steps(tmp_path: Path) -> None:
