@@ -94,6 +94,8 @@ def main():
     quick = "--quick" in sys.argv
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     place = Path(words[0]) if words else None if quick else DOCS
+    if place:
+        place.mkdir(parents=True, exist_ok=True)
     table = Table("what grows", "over", "of", "measured, first to last", "slope", "arithmetic's slope")
     for series in ALL:
         found = measured(series, quick)
