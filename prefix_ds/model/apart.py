@@ -28,6 +28,7 @@ from torch import Tensor
 from prefix_ds.data.batch import Document
 from prefix_ds.model.attending import attending
 from prefix_ds.model.masks import Causal
+from prefix_ds.model.standing import device_type
 
 _BLOCK = 128  # queries at a time, fewer where the scores of a single head would be too many
 _CACHED_SCORES = 2**20  # 4 MiB in float32, of a CPU's thread
@@ -135,7 +136,7 @@ def _heads(text: _Text) -> Iterator[slice]:
     """Heads of keys; on a CPU so many at a time that the scores of their queries stay in the cache."""
     num_keys, group, length, _ = text.query_KGTH.shape
     most, threads = num_keys, torch.get_num_threads()
-    if text.query_KGTH.device.type == "cpu":
+    if device_type(text.query_KGTH) == "cpu":
         a_thread = _CACHED_SCORES // (group * min(_BLOCK, length) * (length + text.front))
         most = threads * max(1, a_thread)
     for first in range(0, num_keys, most):

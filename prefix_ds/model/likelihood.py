@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_ds.model.standing import device_type
+
 _BLOCK_NUMBERS = {"cpu": 2**20, "meta": 2**26, "cuda": 2**26}  # float32: 4 MiB, 256 MiB
 _CHUNK_BYTES = {"cpu": 2**25 - 2**12, "meta": 2**27, "cuda": 2**27}  # of logits
 
@@ -127,12 +129,12 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 def _blocks(logits_MV: Tensor, ids_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """So few that float32 numbers of them are no burden."""
-    return _split(logits_MV, ids_M, _BLOCK_NUMBERS[logits_MV.device.type] // logits_MV.shape[1])
+    return _split(logits_MV, ids_M, _BLOCK_NUMBERS[device_type(logits_MV)] // logits_MV.shape[1])
 
 
 def _chunks(hidden_MD: Tensor, ids_M: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """So few that logits of them are none."""
-    size = _CHUNK_BYTES[hidden_MD.device.type] // (vocab_size * hidden_MD.element_size())
+    size = _CHUNK_BYTES[device_type(hidden_MD)] // (vocab_size * hidden_MD.element_size())
     return _split(hidden_MD, ids_M, size)
 
 

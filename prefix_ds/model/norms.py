@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefix_ds.model.standing import device_type
+
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # the names it has in transformers
 _TYPES = (torch.bfloat16, torch.float16)
 _CACHED_NUMBERS = 2**18  # 1 MiB in float32
@@ -131,5 +133,5 @@ class _Normed(torch.autograd.Function):
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Places of all of them [C, D]; on a CPU so few that they stay in the cache."""
     rows = [tensor.flatten(0, -2) for tensor in tensors]
-    size = max(1, _CACHED_NUMBERS // rows[0].shape[1]) if rows[0].device.type == "cpu" else len(rows[0])
+    size = max(1, _CACHED_NUMBERS // rows[0].shape[1]) if device_type(rows[0]) == "cpu" else len(rows[0])
     return zip(*(torch.split(tensor, max(1, size)) for tensor in rows), strict=True)

@@ -11,8 +11,7 @@ all that the kernel does not take: float32, large heads, keys and values of two 
 Knows nothing of modules, and of masks no more than their pattern.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -24,21 +23,10 @@ from torch.nn.attention import varlen
 
 from prefix_ds.data.batch import Document
 from prefix_ds.model.apart import Layout
+from prefix_ds.model.standing import device_type
 
 _LARGEST_HEAD = 256
 _TYPES = (torch.bfloat16, torch.float16)
-_DEVICES = {"cuda"}
-
-
-@contextmanager
-def kernels_as_on(device_type: str) -> Iterator[None]:
-    """Tensors on the meta device, which stand for others, go the way that those on such a device go."""
-    if device_type in _DEVICES:
-        _DEVICES.add("meta")
-    try:
-        yield
-    finally:
-        _DEVICES.discard("meta")
 
 
 def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
@@ -47,7 +35,7 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     sees_all = layout.pattern.window is None or longest <= layout.pattern.window
     sizes = {tensor.shape[-1] for tensor in (query, key, value)}
     is_small = len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD
-    return query.device.type in _DEVICES and query.dtype in _TYPES and is_small and sees_all and longest > 0
+    return device_type(query) == "cuda" and query.dtype in _TYPES and is_small and sees_all and longest > 0
 
 
 def attended(

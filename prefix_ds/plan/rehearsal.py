@@ -24,7 +24,7 @@ from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.recompute import repeatable_layers, repeated_layers
-from prefix_ds.model.varlen import kernels_as_on
+from prefix_ds.model.standing import meta_stands_for
 from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
 from prefix_ds.plan.experts import balance_experts
 from prefix_ds.plan.marks import Alive, Mark, Moment
@@ -171,7 +171,7 @@ def _performed(
 
 @contextmanager
 def _as_on(device_type: str, meter: Meter) -> Iterator[None]:
-    with tiles_as_on(device_type), kernels_as_on(device_type), fused_attention(meter, device_type):
+    with tiles_as_on(device_type), meta_stands_for(device_type), fused_attention(meter, device_type):
         yield
 
 
