@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model, get_peft_model_state_dict
-from peft import set_peft_model_state_dict as put_back
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -50,10 +49,10 @@ def main():
         began = time.perf_counter()
         best, curve = tuned(model, config, examples)
         seconds = time.perf_counter() - began
-        put_back(model, best)
+        model.load_state_dict(best, strict=False)
         told = tested(model, config, examples["test"], tokenizer)
     adapter = Path(result).with_suffix(".safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in best.items()}, adapter)
+    save_file({name: t.contiguous() for name, t in get_peft_model_state_dict(model).items()}, adapter)
     told |= {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "bytes": adapter.stat().st_size,
@@ -79,7 +78,7 @@ def tunable(config, way):
 
 
 def tuned(model, config, examples):
-    """(the adapter that validates best, validation losses by step)."""
+    """(what is trained, where it validates best; validation losses by step)."""
     keys, order = config.train, Order(len(examples["train"]), config.train)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], keys)
     best, curve = None, {}
@@ -87,7 +86,7 @@ def tuned(model, config, examples):
         if step % config.run.valid_every == 0 or step == order.num_steps:
             curve[step] = mean_nll(model, examples["valid"], keys.micro_batch_tokens)
             if curve[step] == min(curve.values()):
-                best = {name: t.detach().clone() for name, t in get_peft_model_state_dict(model).items()}
+                best = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             print(f"step {step}: valid {curve[step]:.4f}", flush=True)
         if step < order.num_steps:
             optimizer.param_groups[0]["lr"] = learning_rate(step, order.num_steps, keys)
