@@ -33,7 +33,7 @@ prefix: {length: 64, text: "%(text)s"}
 data: {task: %(task)s, train: %(data)s/train.jsonl, valid: %(valid)s, test: %(test)s, max_length: %(length)d%(more)s}
 train: {max_steps: %(steps)d, global_batch_size: 32, micro_batch_tokens: 4096, warmup_steps: 20}
 generate: {max_new_tokens: %(new)d, batch_size: 32}
-run: {folder: none, valid_every: %(every)d, save_every: %(every)d}
+run: {folder: none, log_every: 1, valid_every: %(every)d, save_every: %(every)d}
 mlflow: {uri: null}
 """
 RATES = {
