@@ -100,7 +100,6 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score a run on a split: loss, perplexity, and its outputs by evaluate.scores."""
-    from prefix_ds.errors import ConfigError
     from prefix_ds.evaluate import Request
     from prefix_ds.evaluate import evaluate as score
 

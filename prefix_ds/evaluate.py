@@ -15,8 +15,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from prefix_ds.checkpoint import read_prefix
-from prefix_ds.config import RunConfig, parse_config
-from prefix_ds.config.reading import config_text
+from prefix_ds.config import RunConfig
 from prefix_ds.data.examples import load_examples, source_of
 from prefix_ds.data.prompts import Prompt, read_prompts
 from prefix_ds.dist import World, first_here_first, joined_world, on_first, peers_may_die, together
@@ -48,8 +47,7 @@ class Request:
 def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
     """Evaluates a run, and leaves files, metrics and a table. Raises PrefixError. Every rank calls this."""
     configure_logging()
-    folder, config = open_run(run)
-    config = parse_config(config_text(config), overrides)
+    folder, config = open_run(run, overrides)
     check_request(config, request)
     with joined_world() as world, peers_may_die():
         started = time.monotonic()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefix_ds.config import RunConfig, parse_config
-from prefix_ds.config.reading import config_text
+from prefix_ds.config import RunConfig
 from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
 from prefix_ds.dist import first_here_first, joined_world, on_first, peers_may_die
 from prefix_ds.errors import ConfigError, RunError
@@ -32,8 +31,7 @@ class Request:
 def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
     """Writes text with a run's prefix and shows or saves it. Raises PrefixError. Every rank calls this."""
     configure_logging()
-    folder, config = open_run(run)
-    config = parse_config(config_text(config), overrides)
+    folder, config = open_run(run, overrides)
     check_request(config, request)
     with joined_world() as world, peers_may_die():
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)

@@ -12,6 +12,7 @@ Starting the same run again goes on in its folder; another run's folder is refus
 Knows nothing of what the files hold.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +100,12 @@ def write_config(folder: RunFolder, config: RunConfig) -> None:
     write_text_atomically(folder.config_file, config_text(_without_secrets(config)))
 
 
-def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
-    """An existing run and its configuration. Raises RunError or ConfigError."""
+def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, RunConfig]:
+    """An existing run and its configuration, some keys of it changed. Raises RunError or ConfigError."""
     folder = RunFolder(Path(path))
     if not folder.config_file.is_file():
         raise RunError(f"{path}: is no run folder: it has no run.yaml")
-    return folder, read_config(folder.config_file)
+    return folder, read_config(folder.config_file, overrides)
 
 
 def _refuse_another(folder: RunFolder, config: RunConfig) -> None:

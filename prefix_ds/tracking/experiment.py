@@ -23,7 +23,7 @@ from mlflow.tracking import MlflowClient
 
 from prefix_ds.errors import PrefixError, RunError
 from prefix_ds.tracking.facts import DatasetFacts
-from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.masking import masked, words_of
 from prefix_ds.tracking.mlflow_terms import milliseconds, plain_key, quiet_mlflow
 from prefix_ds.tracking.state import absolute_uri
 from prefix_ds.tracking.summary import Histories, Point
@@ -154,7 +154,7 @@ class Experiment:
         except PrefixError:
             raise
         except Exception as error:
-            words = " ".join(masked(str(error), self._uri).split())
+            words = words_of(error, self._uri)
             raise RunError(f"{self.address}: MLflow does not answer: {words[:300]}") from None
 
 

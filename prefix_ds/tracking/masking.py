@@ -40,3 +40,8 @@ def _secrets(uri: str) -> list[str]:
     password = user_and_password.partition(":")[2]
     found = {user_and_password, password, unquote(user_and_password), unquote(password)}
     return sorted((s for s in found if s), key=len, reverse=True)
+
+
+def words_of(error: Exception, uri: str) -> str:
+    """What an error says, on one line, without the secrets of `uri`."""
+    return " ".join(masked(str(error), uri).split())

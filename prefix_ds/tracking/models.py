@@ -10,8 +10,8 @@ from pathlib import Path
 from prefix_ds import __version__
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import ConfigError, RunError
-from prefix_ds.tracking.facts import read_facts
-from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.facts import has_facts, read_facts
+from prefix_ds.tracking.masking import masked, words_of
 from prefix_ds.tracking.state import absolute_uri, read_state
 
 _PACKAGES = ("torch", "transformers", "deepspeed")
@@ -33,7 +33,7 @@ def log_model(run: Path, name: str, *, code: Path, files: Path, uri: str | None)
     try:
         return _logged(run, name, code, files, uri)
     except Exception as error:
-        words = " ".join(masked(str(error), uri).split())
+        words = words_of(error, uri)
         raise RunError(f"{masked(uri, uri)}: MLflow did not take the model {name}: {words}") from error
 
 
@@ -45,7 +45,7 @@ def _logged(run: Path, name: str, code: Path, files: Path, uri: str) -> str:
     quiet_mlflow()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    mlflow.set_experiment(read_facts(run).experiment if (run / "facts.json").exists() else "prefix-ds")
+    mlflow.set_experiment(read_facts(run).experiment if has_facts(run) else "prefix-ds")
     state = read_state(run)
     known = state.run_id if state.uri == masked(uri, uri) and state.run_id else None
     with mlflow.start_run(run_id=known, run_name=None if known else run.name):

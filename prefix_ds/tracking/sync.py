@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import RunError
-from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.masking import masked, words_of
 from prefix_ds.tracking.progress import progress_bar
 from prefix_ds.tracking.state import only_writer, resolved_uri
 
@@ -29,7 +29,7 @@ def sync_run(run: Path, uri: str | None = None) -> int:
         except RunError:
             raise
         except Exception as error:
-            words = " ".join(masked(str(error), uri).split())
+            words = words_of(error, uri)
             where = masked(uri, uri)
             raise RunError(f"{where}: MLflow did not take everything: {words}; sync again later") from None
 
