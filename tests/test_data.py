@@ -23,7 +23,7 @@ from prefix_ds import dist
 from prefix_ds.config import DataKeys, TrainKeys
 from prefix_ds.data import packing
 from prefix_ds.data.ahead import Ahead, pinned
-from prefix_ds.data.batch import Document, Share, documents_of
+from prefix_ds.data.batch import Document, Share
 from prefix_ds.data.collate import collate
 from prefix_ds.data.encode import encoder_of
 from prefix_ds.data.examples import Examples, load_examples, tokenise_split
@@ -871,16 +871,21 @@ def test_a_rank_without_work_runs_empty_micro_batches(tmp_path, tokenizer):
         assert (batch.ids_BT.shape, len(batch.target_ids_M), batch.num_tokens) == ((1, 2), 0, 0)
 
 
-def test_padding_is_a_document_of_its_own():
+def test_padding_belongs_to_no_document_and_stands_at_position_0():
     ids = {0: np.array([5, 6, 7], np.int32), 1: np.array([8, 9], np.int32), 2: np.array([4, 3], np.int32)}
     batch = collate([[0, 1], [2]], ids, [2, 1, 1], pad_id=0)
     assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
-    assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
     assert batch.target_index_M.tolist() == [0, 1, 3, 5]
     assert batch.target_ids_M.tolist() == [6, 7, 9, 3]
     assert batch.num_tokens == 7
     assert batch.documents == (Document(0, 0, 3), Document(0, 3, 5), Document(1, 0, 2))
-    assert documents_of(batch.positions_BT) == (*batch.documents, Document(1, 2, 5))
+
+
+def test_rows_have_few_widths_and_are_hardly_padded():
+    widths = [len(collate([[0]], {0: np.zeros(n, np.int32)}, [1], 0).ids_BT[0]) for n in range(1, 8193)]
+    assert all(n <= width < n * (1 + 1 / 32) for n, width in enumerate(widths, start=1))
+    assert len(set(widths[2047:4096])) <= 33, "an octave has no more than 33"
 
 
 def test_a_sweep_shows_every_example_once_at_any_world_size(tmp_path, tokenizer):

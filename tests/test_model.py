@@ -274,6 +274,16 @@ def test_attention_in_pieces_is_that_of_whole_documents(
         assert distance(ours, plain) < EXACT
 
 
+def test_a_long_document_makes_no_mask_of_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hidden = [], apart._hidden
+    monkeypatch.setattr(apart, "_hidden", lambda *a: (made.append(hidden(*a)), made[-1])[1])
+    text = [torch.randn(1, 1, 1000, 2) for _ in range(3)]
+    nothing = torch.zeros(1, 0, 2)
+    layout = apart.Layout([Document(0, 0, 1000)], Causal(), frozenset(), 1.0)
+    apart.attended(text[0], text[1], text[2], (nothing, nothing), layout)
+    assert sum({mask.data_ptr(): mask.numel() for mask in made}.values()) <= 2 * apart._BLOCK**2
+
+
 def test_a_model_that_reads_its_mask_gets_one(made_whole: list[None]) -> None:
     lm = PrefixLM(tiny("deepseek_v32"))
     made_whole.clear()

@@ -193,8 +193,11 @@ def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, 
     query_KQH = query_KGQH.reshape(len(query_KGQH), num_groups * num_queries, -1)
     key_KCH = piece.keys(text.front_key_KPH, text.key_KTH)
     wide, num_keys = _wide(query_KQH), key_KCH.shape[1] - text.front
-    hidden_QC = _hidden(layout.pattern, num_queries, num_keys, text.front, num_groups, wide, key_KCH.device)
-    score_KQC = torch.baddbmm(hidden_QC, query_KQH.to(wide), key_KCH.to(wide).mT, alpha=layout.scale)
+    score_KQC = torch.bmm(query_KQH.to(wide) * layout.scale, key_KCH.to(wide).mT)
+    some_keys = num_keys if layout.pattern.window else num_queries  # before them all is seen
+    score_KQC[:, :, -some_keys:] += _hidden(
+        layout.pattern, num_queries, some_keys, num_groups, wide, key_KCH.device
+    )
     return query_KQH, key_KCH, torch.softmax(score_KQC, dim=-1)
 
 
@@ -203,13 +206,12 @@ def _hidden(
     pattern: Causal,
     num_queries: int,
     num_keys: int,
-    front: int,
     num_groups: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """What is added to the scores of the last of some text, for each group in turn, behind a prefix."""
-    seen = torch.nn.functional.pad(pattern.seen(num_queries, num_keys, device), (front, 0), value=True)
+    """What is added to the scores that the last of some text have of it, for each group in turn."""
+    seen = pattern.seen(num_queries, num_keys, device)
     hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
     return hidden.repeat(num_groups, 1)
 
