@@ -7,7 +7,7 @@ Three greedy steps, all of them deterministic:
 2. *Pack*: a rank's examples into rows of at most `row_tokens`, best fit decreasing (Johnson 1974) to learn
    how few rows are enough, and then LPT into that many rows, kept if it fits: rows of equal length, which
    need no padding. Where attention costs the square of a row, rows are as long as an example may be; where
-   each document attends alone, a row is a micro-batch, and nothing is padded at all.
+   each document attends alone, a row is a micro-batch, and there is nothing to pad.
 3. *Group*: rows, longest first, into micro-batches of at most `micro_batch_tokens` padded tokens. The ranks'
    largest micro-batches so run at the same time.
 
