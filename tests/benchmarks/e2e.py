@@ -30,7 +30,7 @@ model:
     {model_type: llama, vocab_size: 4096, hidden_size: 320, intermediate_size: 864, num_hidden_layers: 8,
     num_attention_heads: 8, num_key_value_heads: 8, max_position_embeddings: 1024, tie_word_embeddings: true}
 data: {train: %(folder)s/pretrain.jsonl, target: "{text}", max_length: 256, too_long: split}
-train: {method: pretrain, epochs: 4, global_batch_size: 64, micro_batch_tokens: 4096, lr: 2.0e-3,
+train: {method: pretrain, epochs: 4, global_batch_size: 16, micro_batch_tokens: 4096, lr: 2.0e-3,
   warmup_steps: 40, weight_decay: 0.1, betas: [0.9, 0.98]}
 run: {folder: %(folder)s/base, save_every: 100, valid_every: 0}
 mlflow: {uri: null}
@@ -67,8 +67,8 @@ def main():
 
 
 def write_corpus(path):
-    """Documents of the training files: sentences that say the same, a caption in two languages, dialogue and
-    summary."""
+    """Documents of the training files: sentences that say the same, captions in two languages (always the same
+    one first), dialogue and summary."""
     chance = random.Random(0)
     same = {}
     for row in rows("e2e/train.jsonl"):
@@ -78,9 +78,10 @@ def write_corpus(path):
         for _ in range(2):
             chance.shuffle(texts)
             documents += ["\n".join(texts[n : n + 8]) for n in range(0, len(texts), 8)]
-    for row in rows("multi30k/train.jsonl"):
-        pair = [row["en"], row["de"]] if chance.random() < 0.5 else [row["de"], row["en"]]
-        documents.append("\n".join(pair))
+    captions = [(row["en"], row["de"]) for row in rows("multi30k/train.jsonl")]
+    for n in range(0, len(captions), 4):
+        way = chance.choice((1, -1))
+        documents.append("\n".join("\n".join(pair[::way]) for pair in captions[n : n + 4]))
     documents += [f"{row['dialogue']}\nTL;DR: {row['summary']}" for row in rows("dialogsum/train.jsonl")]
     chance.shuffle(documents)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

@@ -1,12 +1,14 @@
 """The peer as people tune it: PEFT's prefix tuning or LoRA in one process, with a loop in plain PyTorch.
 
-    python -m tests.benchmarks.peft_tuning RUN.yaml WAY RESULT.json [a.b=value ...]
+    python -m tests.benchmarks.peft_tuning tune|test RUN.yaml WAY RESULT.json [a.b=value ...]
 
 WAY is `prefix`, `prefix-mlp` (through PEFT's projection) or `lora-RANK`. All else is what a run file of ours
 says: base, data, the examples of each step, steps, schedule, clipping, cadence of validation. Rows are padded
-as a collator pads them, a micro-batch's loss is divided by the targets of the whole batch. What validates
-best is tested: loss, and greedy outputs with the scores of `evaluate.scores`. RESULT holds that in the schema
-of `prefix-ds evaluate`, and what was trained, took and weighs.
+as a collator pads them, a micro-batch's loss is divided by the targets of the whole batch. RESULT says what
+was trained, took and weighs, and the validation losses by step; what validates best lies beside it.
+
+`test` adds that one's loss on the test split, and the scores of its greedy outputs by `evaluate.scores`, in
+the schema of `prefix-ds evaluate`.
 """
 
 import json
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prefix_ds.config import parse_config
@@ -37,30 +39,44 @@ ANSWERS_AT_ONCE = 32
 
 
 def main():
-    file, way, result, *words = sys.argv[1:]
+    command, file, way, result, *words = sys.argv[1:]
     warnings.simplefilter("ignore")
     config = parse_config(Path(file).read_text(), words, file)
+    result = Path(result)
     with joined_world() as world:
         tokenizer = load_tokenizer(config.model)
         examples = {
             name: load_examples(name, config.data, tokenizer, world) for name in ("train", "valid", "test")
         }
         model = tunable(config, way)
-        began = time.perf_counter()
-        best, curve = tuned(model, config, examples)
-        seconds = time.perf_counter() - began
-        model.load_state_dict(best, strict=False)
-        told = tested(model, config, examples["test"], tokenizer)
-    adapter = Path(result).with_suffix(".safetensors")
+        if command == "tune":
+            told = facts(model, config, examples, result)
+        else:
+            model.load_state_dict(load_file(trained(result)), strict=False)
+            told = json.loads(result.read_text()) | tested(model, config, examples["test"], tokenizer)
+    result.write_text(json.dumps(told, indent=1))
+
+
+def facts(model, config, examples, result):
+    """Of a training, whose outcome is written beside the result."""
+    began = time.perf_counter()
+    best, curve = tuned(model, config, examples)
+    seconds = time.perf_counter() - began
+    save_file(best, trained(result))
+    model.load_state_dict(best, strict=False)
+    adapter = result.with_suffix(".adapter.safetensors")
     save_file({name: t.contiguous() for name, t in get_peft_model_state_dict(model).items()}, adapter)
-    told |= {
+    return {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "bytes": adapter.stat().st_size,
         "train_seconds": seconds,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "valid": curve,
     }
-    Path(result).write_text(json.dumps(told, indent=1))
+
+
+def trained(result):
+    return result.with_suffix(".trained.safetensors")
 
 
 def tunable(config, way):

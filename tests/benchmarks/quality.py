@@ -5,14 +5,17 @@
 E2E (text from data), DialogSum (summaries) and Multi30k (English to German), from ../shared/data; the base is that of
 `tests.benchmarks.e2e`, pretrained first. Bare base, written instruction, PEFT's prefix tuning (direct and through its
 projection) and LoRA of ranks 8 and 32 (`tests.benchmarks.peft_tuning`), our prefix, all weights: the same
-examples in the same steps, the best learning rate of each by validation with one seed, then two seeds more.
-Printed: test loss and scores (mean over seeds, the interval of the first), trained numbers, bytes, seconds, MiB.
+examples in the same steps. A way's learning rate is the best by validation with one seed: two neighbours of a
+ladder (1, 3, 10, ...) are tried, and while the best is at an end, the rate beyond it. Then two seeds more.
+Printed: test loss and scores (mean over seeds, the interval of the first), the share of full fine-tuning's gain
+in loss, trained numbers, bytes, seconds and MiB of training, and every rate that was tried.
 
-Started again it goes on; hours on two cores, two runs at a time. `--quick`: ten steps, one rate, one seed, a
+Started again it goes on; hours on two cores, two runs at a time. `--quick`: ten steps, two rates, one seed, a
 few records, on a base of ten steps: that it runs, not how good anything is.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,6 +26,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from tests.benchmarks.e2e import BASE, write_corpus
 from tests.benchmarks.made import DATA
@@ -36,15 +40,13 @@ generate: {max_new_tokens: %(new)d, batch_size: 32}
 run: {folder: none, log_every: 1, valid_every: %(every)d, save_every: %(every)d}
 mlflow: {uri: null}
 """
-RATES = {
-    "prefix": (3e-2, 1e-1, 3e-1),
-    "full": (5e-4, 1.5e-3),
-    "peft prefix": (1e-2, 3e-2, 1e-1, 3e-1),
-    "peft prefix-mlp": (3e-4, 1e-3, 3e-3),
-    "peft lora-8": (5e-4, 2e-3, 5e-3),
-    "peft lora-32": (5e-4, 2e-3, 5e-3),
-}
+PEER = "tests.benchmarks.peft_tuning"
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
+LOWEST = {  # of the two rates that each way starts with
+    "peft prefix": 3e-2, "peft prefix-mlp": 1e-3, "peft lora-8": 1e-3, "peft lora-32": 1e-3, "prefix": 1e-1, "full": 3e-4,
+}  # fmt: skip
 SEEDS = (0, 1, 2)
+VALIDATED = 300  # records, at most
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Task:
     score: str
     length: int
     new: int
-    steps: int = 300
+    steps: int = 150
     more: str = ""
 
 
@@ -87,31 +89,57 @@ def main():
     pretrain(folder, quick)
     for task in TASKS:
         if all(word in task.name for word in words[1:]):
-            show(task, found_for(task, folder, quick))
+            show(task, *found_for(task, folder, quick))
 
 
 def pretrain(folder, quick):
-    """The base, once."""
+    """The base, once, by two ranks of a thread each."""
     if not (folder / "base" / "model").is_dir():
         write_corpus(folder / "pretrain.jsonl")
         (folder / "base.yaml").write_text(BASE % {"folder": folder})
-        ours(folder / "base.yaml", "train", *(["train.max_steps=10"] if quick else []), threads=2)
+        words = ["train.max_steps=10"] if quick else []
+        two = ("--nproc-per-node", 2, "-m", "prefix_ds", "train", folder / "base.yaml", *words)
+        started("torch.distributed.run", *two, threads=1)
 
 
 def found_for(task, folder, quick):
-    """Results by way: a list, seed by seed; and of the base alone."""
-    run = run_file(task, folder, quick)
-    rates = {way: all_of[:1] if quick else all_of for way, all_of in RATES.items()}
-    firsts = in_twos(run, [(way, rate, SEEDS[0]) for way, all_of in rates.items() for rate in all_of])
-    best = {
-        way: min(all_of, key=lambda rate: min(firsts[way, rate, SEEDS[0]]["valid"].values()))
-        for way, all_of in rates.items()
-    }
-    seeds = SEEDS[:1] if quick else SEEDS
-    every = firsts | in_twos(run, [(way, best[way], seed) for seed in seeds[1:] for way in rates])
-    found = {f"{way}, {best[way]:g}": [every[way, best[way], seed] for seed in seeds] for way in rates}
+    """Results by way, a list seed by seed, also of the base alone; and what each rate came to."""
+    run, seeds = run_file(task, folder, quick), SEEDS[:1] if quick else SEEDS
+    searched = dict(zip(LOWEST, in_twos(lambda way: search(run, way, quick), LOWEST), strict=True))
+    best = {way: min(losses, key=losses.get) for way, losses in searched.items()}
+    in_twos(lambda one: tuned(run, one[0], best[one[0]], one[1]), [(w, s) for s in seeds[1:] for w in best])
+    asked = [(way, seed) for way in best for seed in seeds]
+    results = in_twos(lambda one: tested(run, one[0], best[one[0]], one[1]), asked)
+    found = {f"{way}, {best[way]:g}": results[n * len(seeds) :][: len(seeds)] for n, way in enumerate(best)}
     trained = folder_of(run, "prefix", best["prefix"], SEEDS[0])
-    return {name: [alone(trained, name)] for name in ("bare", "instruction")} | found
+    return {name: [alone(trained, name)] for name in ("bare", "instruction")} | found, searched
+
+
+def in_twos(work, asked):
+    with ThreadPoolExecutor(2) as two:
+        return list(two.map(work, asked))
+
+
+def search(run, way, quick):
+    """The best validation loss of each rate that was tried."""
+    first = LADDER.index(LOWEST[way])
+    losses = {rate: best_loss(run, way, rate) for rate in LADDER[first : first + 2]}
+    while not quick:
+        best = LADDER.index(min(losses, key=losses.get))
+        beyond = [rate for rate in LADDER[max(0, best - 1) : best + 2] if rate not in losses]
+        if not beyond:
+            break
+        losses[beyond[0]] = best_loss(run, way, beyond[0])
+    return losses
+
+
+def best_loss(run, way, rate):
+    return best_of(tuned(run, way, rate, SEEDS[0]))
+
+
+def best_of(result):
+    """The least validation loss; of a training that was lost from the start, more than any."""
+    return min((loss for loss in result["valid"].values() if not math.isnan(loss)), default=math.inf)
 
 
 def run_file(task, folder, quick):
@@ -120,12 +148,11 @@ def run_file(task, folder, quick):
     splits = {"valid": data / "valid.jsonl", "test": data / "test.jsonl"}
     if not splits["valid"].is_file():
         splits = halves(data / "test.jsonl", folder, task)
-    if quick:
-        splits = {
-            name: head(path, folder / f"{task.files}-few-{name}.jsonl", 8) for name, path in splits.items()
-        }
+    counts = {"valid": 8, "test": 8} if quick else {"valid": VALIDATED}
+    for name, count in counts.items():
+        splits[name] = head(splits[name], folder / f"{task.files}-few-{name}.jsonl", count)
     steps = 10 if quick else task.steps
-    steps = {"steps": steps, "every": max(5, steps // 6)}
+    steps = {"steps": steps, "every": max(5, steps // 3)}
     told = vars(task) | steps | splits | {"folder": folder, "data": data, "task": task.kind}
     path = folder / f"{task.name}.yaml"
     path.write_text(RUN % told)
@@ -147,28 +174,20 @@ def head(path, into, count):
     return into
 
 
-def in_twos(run, asked):
-    """The result of each (way, rate, seed)."""
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(asked, two.map(lambda one: found_once(run, *one), asked), strict=True))
-
-
 def folder_of(run, way, rate, seed):
     return run.parent / f"{run.stem}-{way.replace(' ', '-')}-{rate:g}-{seed}"
 
 
-def found_once(run, way, rate, seed):
-    """One result, made where it is not there yet."""
+def tuned(run, way, rate, seed):
+    """What a training came to; trained where it has not been yet."""
     folder = folder_of(run, way, rate, seed)
     result = folder.with_suffix(folder.suffix + ".json")
     words = [f"train.lr={rate}", f"train.seed={seed}"]
     if not result.is_file() and way.startswith("peft "):
-        module = "tests.benchmarks.peft_tuning"
-        started(module, run, way.removeprefix("peft "), result, *words, threads=1)
+        started(PEER, "tune", run, way.removeprefix("peft "), result, *words, threads=1)
     elif not result.is_file():
         ours(run, "train", f"train.method={way}", f"run.folder={folder}", *words)
-        ours(folder, "evaluate")
-        result.write_text(json.dumps(of_ours(folder)))
+        result.write_text(json.dumps(of_ours(folder), indent=1))
     return json.loads(result.read_text())
 
 
@@ -176,11 +195,27 @@ def of_ours(folder):
     """The same facts of a run folder as `peft_tuning` gives."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [path for name in ("prefix", "model") for path in (folder / name).glob("*.safetensors")]
-    return json.loads((folder / "evaluate" / "test.json").read_text()) | {
-        "valid": {row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row},
+    return {
+        "trained": sum(tensor.numel() for path in kept for tensor in load_file(path).values()),
         "bytes": sum(path.stat().st_size for path in kept),
         "train_seconds": sum(row.get("time/step_seconds", 0.0) for row in rows),
+        "peak_mib": 1024 * max(row.get("memory/peak_gib", 0.0) for row in rows),
+        "valid": {row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row},
     }
+
+
+def tested(run, way, rate, seed):
+    """The same with the test split's loss and scores."""
+    folder = folder_of(run, way, rate, seed)
+    result = folder.with_suffix(folder.suffix + ".json")
+    told = json.loads(result.read_text())
+    if "scores" not in told and way.startswith("peft "):
+        started(PEER, "test", run, way.removeprefix("peft "), result, threads=1)
+    elif "scores" not in told:
+        ours(folder, "evaluate")
+        scored = json.loads((folder / "evaluate" / "test.json").read_text())
+        result.write_text(json.dumps(told | scored, indent=1))
+    return json.loads(result.read_text())
 
 
 def alone(trained, name):
@@ -206,18 +241,35 @@ def started(module, *words, threads):
         )
 
 
-def show(task, found):
-    """A table of a task."""
+def show(task, found, searched):
+    """A table of a task, and the rates behind it."""
     names = list(found["bare"][0]["scores"])
     names = [task.score, *(name for name in names if name != task.score)]
-    table = Table("way, rate", "test loss", *names, "MB", "seconds", title=task.name)
+    head = ("way, rate", "test loss", "of full's gain", *names, "trained", "MB", "seconds", "MiB")
+    table = Table(*head, title=task.name)
+    bare, full = (
+        found["bare"][0]["loss"],
+        mean_loss(next(found[way] for way in found if way.startswith("full"))),
+    )
     for way, results in found.items():
-        loss = spread([one["loss"] for one in results])
+        share = f"{(bare - mean_loss(results)) / (bare - full):.3f}"
         scores = [score_text(results, name) for name in names]
-        size = results[0].get("bytes")
-        took = results[0].get("train_seconds")
-        table.add_row(way, loss, *scores, f"{size / 1e6:.2f}" if size else "", f"{took:.0f}" if took else "")
-    Console(width=170).print(table)
+        table.add_row(way, spread([one["loss"] for one in results]), share, *scores, *costs(results[0]))
+    Console(width=190).print(table)
+    for way, losses in searched.items():
+        tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(losses.items()))
+        Console(width=190).print(f"{way}, validation loss by rate, seed {SEEDS[0]}: {tried}")
+
+
+def mean_loss(results):
+    return statistics.mean(one["loss"] for one in results)
+
+
+def costs(result):
+    if "trained" not in result:
+        return ("",) * 4
+    trained, mb = f"{result['trained']:,}", f"{result['bytes'] / 1e6:.2f}"
+    return trained, mb, f"{result['train_seconds']:.0f}", f"{result['peak_mib']:.0f}"
 
 
 def score_text(results, name):
