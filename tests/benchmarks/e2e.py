@@ -13,6 +13,7 @@ which two tuning runs go at a time.
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ model:
     {model_type: llama, vocab_size: 4096, hidden_size: 320, intermediate_size: 864, num_hidden_layers: 8,
     num_attention_heads: 8, num_key_value_heads: 8, max_position_embeddings: 1024, tie_word_embeddings: true}
 data: {train: %(folder)s/pretrain.jsonl, target: "{text}", max_length: 256, too_long: split}
-train: {method: pretrain, epochs: 4, global_batch_size: 16, micro_batch_tokens: 4096, lr: 2.0e-3,
+train: {method: pretrain, epochs: 3, global_batch_size: 16, micro_batch_tokens: 4096, lr: 2.0e-3,
   warmup_steps: 40, weight_decay: 0.1, betas: [0.9, 0.98]}
 run: {folder: %(folder)s/base, save_every: 100, valid_every: 0}
 mlflow: {uri: null}
@@ -49,6 +50,12 @@ mlflow: {uri: null}
 """
 RATES = {"prefix": (3e-2, 1e-1, 3e-1), "full": (5e-4, 1.5e-3, 3e-3)}
 SEEDS = (0, 1, 2)
+NOTATIONS = (
+    ("{key}: {value}", "; "),
+    ("{value} ({key})", ", "),
+    ("{key} = {value}", " | "),
+    ("- {key}: {value}", "\n"),
+)
 
 
 def main():
@@ -67,24 +74,48 @@ def main():
 
 
 def write_corpus(path):
-    """Documents of the training files: sentences that say the same, captions in two languages (always the same
-    one first), dialogue and summary."""
+    """Documents of the training files: facts in several notations, none of them E2E's, each with a sentence that
+    says them; sentences that say the same; captions in two languages, always the same one first; dialogue and
+    summary."""
     chance = random.Random(0)
-    same = {}
-    for row in rows("e2e/train.jsonl"):
-        same.setdefault(row["mr"], []).append(row["ref"])
-    documents = []
-    for texts in same.values():
-        for _ in range(2):
-            chance.shuffle(texts)
-            documents += ["\n".join(texts[n : n + 8]) for n in range(0, len(texts), 8)]
+    rows_of_e2e = rows("e2e/train.jsonl")
+    documents = [*told_facts(rows_of_e2e, chance), *said_again(rows_of_e2e, chance)]
     captions = [(row["en"], row["de"]) for row in rows("multi30k/train.jsonl")]
-    for n in range(0, len(captions), 4):
+    for some in in_fours(captions):
         way = chance.choice((1, -1))
-        documents.append("\n".join("\n".join(pair[::way]) for pair in captions[n : n + 4]))
+        documents.append("\n".join("\n".join(pair[::way]) for pair in some))
     documents += [f"{row['dialogue']}\nTL;DR: {row['summary']}" for row in rows("dialogsum/train.jsonl")]
     chance.shuffle(documents)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+def told_facts(rows_of_e2e, chance):
+    """Facts and a sentence, four times in one notation."""
+    shuffled = chance.sample(rows_of_e2e, len(rows_of_e2e))
+    for some in in_fours(shuffled):
+        fact, between = chance.choice(NOTATIONS)
+        told = []
+        for row in some:
+            facts = re.findall(r"([^,\[\]]+)\[([^\]]*)\]", row["mr"])
+            chance.shuffle(facts)
+            line = between.join(fact.format(key=key.strip(), value=value) for key, value in facts)
+            told.append(f"{line}\n{row['ref']}")
+        yield "\n\n".join(told)
+
+
+def said_again(rows_of_e2e, chance):
+    """Sentences of one meaning, up to eight, in two orders."""
+    same = {}
+    for row in rows_of_e2e:
+        same.setdefault(row["mr"], []).append(row["ref"])
+    for texts in same.values():
+        for _ in range(2):
+            chance.shuffle(texts)
+            yield from ("\n".join(texts[n : n + 8]) for n in range(0, len(texts), 8))
+
+
+def in_fours(items):
+    return [items[n : n + 4] for n in range(0, len(items), 4)]
 
 
 def tuned(path, runs):

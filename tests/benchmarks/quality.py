@@ -35,7 +35,7 @@ RUN = """
 model: {name: %(folder)s/base/model, dtype: bfloat16}
 prefix: {length: 64, text: "%(text)s"}
 data: {task: %(task)s, train: %(data)s/train.jsonl, valid: %(valid)s, test: %(test)s, max_length: %(length)d%(more)s}
-train: {max_steps: %(steps)d, global_batch_size: 32, micro_batch_tokens: 4096, warmup_steps: 20}
+train: {max_steps: %(steps)d, global_batch_size: %(batch)d, micro_batch_tokens: 4096, warmup_steps: 20}
 generate: {max_new_tokens: %(new)d, batch_size: 32}
 run: {folder: none, log_every: 1, valid_every: %(every)d, save_every: %(every)d}
 mlflow: {uri: null}
@@ -61,6 +61,7 @@ class Task:
     length: int
     new: int
     steps: int = 150
+    batch: int = 32
     more: str = ""
 
 
@@ -73,7 +74,7 @@ TASKS = (
     ),
     Task(
         "DialogSum", "summarization", "dialogsum", "A dialogue, and TL;DR: what it is about in a sentence.\\n",
-        "rougeL", 640, 64, more=', references: " {summaries}"',
+        "rougeL", 640, 64, 100, 16, ', references: " {summaries}"',
     ),
     Task(
         "Multi30k", "translation", "multi30k",
