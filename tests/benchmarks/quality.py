@@ -153,7 +153,7 @@ def run_file(task, folder, quick):
     for name, count in counts.items():
         splits[name] = head(splits[name], folder / f"{task.files}-few-{name}.jsonl", count)
     steps = 10 if quick else task.steps
-    steps = {"steps": steps, "every": max(5, steps // 3)}
+    steps = {"steps": steps, "every": max(5, math.ceil(steps / 3))}
     told = vars(task) | steps | splits | {"folder": folder, "data": data, "task": task.kind}
     path = folder / f"{task.name}.yaml"
     path.write_text(RUN % told)
