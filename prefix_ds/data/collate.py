@@ -53,7 +53,7 @@ def collate(
 
 def _width(num_tokens: int) -> int:
     """The next multiple of the largest power of two that pads by so little."""
-    step = 2 ** math.floor(math.log2(max(_PADDING, num_tokens) / _PADDING))
+    step = 1 << max(1, num_tokens // _PADDING).bit_length() - 1
     return math.ceil(num_tokens / step) * step
 
 
