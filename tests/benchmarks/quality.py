@@ -112,7 +112,7 @@ def found_for(task, folder, quick):
     asked = [(way, seed) for way in best for seed in seeds]
     results = in_twos(lambda one: tested(run, one[0], best[one[0]], one[1]), asked)
     found = {f"{way}, {best[way]:g}": results[n * len(seeds) :][: len(seeds)] for n, way in enumerate(best)}
-    trained = folder_of(run, "prefix", best["prefix"], SEEDS[0])
+    trained, _ = places_of(run, "prefix", best["prefix"], SEEDS[0])
     return {name: [alone(trained, name)] for name in ("bare", "instruction")} | found, searched
 
 
@@ -175,14 +175,15 @@ def head(path, into, count):
     return into
 
 
-def folder_of(run, way, rate, seed):
-    return run.parent / f"{run.stem}-{way.replace(' ', '-')}-{rate:g}-{seed}"
+def places_of(run, way, rate, seed):
+    """The run folder of a training, and the file of what it came to."""
+    name = f"{run.stem}-{way.replace(' ', '-')}-{rate:g}-{seed}"
+    return run.parent / name, run.parent / f"{name}.json"
 
 
 def tuned(run, way, rate, seed):
     """What a training came to; trained where it has not been yet."""
-    folder = folder_of(run, way, rate, seed)
-    result = folder.with_suffix(folder.suffix + ".json")
+    folder, result = places_of(run, way, rate, seed)
     words = [f"train.lr={rate}", f"train.seed={seed}"]
     if not result.is_file() and way.startswith("peft "):
         started(PEER, "tune", run, way.removeprefix("peft "), result, *words, threads=1)
@@ -207,8 +208,7 @@ def of_ours(folder):
 
 def tested(run, way, rate, seed):
     """The same with the test split's loss and scores."""
-    folder = folder_of(run, way, rate, seed)
-    result = folder.with_suffix(folder.suffix + ".json")
+    folder, result = places_of(run, way, rate, seed)
     told = json.loads(result.read_text())
     if "scores" not in told and way.startswith("peft "):
         started(PEER, "test", run, way.removeprefix("peft "), result, threads=1)
@@ -246,8 +246,8 @@ def show(task, found, searched):
     """A table of a task, and the rates behind it."""
     names = list(found["bare"][0]["scores"])
     names = [task.score, *(name for name in names if name != task.score)]
-    head = ("way, rate", "test loss", "of full's gain", *names, "trained", "MB", "seconds", "MiB")
-    table = Table(*head, title=task.name)
+    columns = ("way, rate", "test loss", "of full's gain", *names, "trained", "MB", "seconds", "MiB")
+    table = Table(*columns, title=task.name)
     bare, full = (
         found["bare"][0]["loss"],
         mean_loss(next(found[way] for way in found if way.startswith("full"))),

@@ -54,7 +54,7 @@ def main():
     quick, folder = "--quick" in sys.argv, Path(words[0]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     pretrain(folder, quick)
-    task = next(task for task in TASKS if task.name in [*words[1:], "E2E"])
+    task = next((task for task in TASKS if task.name in words[1:]), TASKS[0])
     parts = [word for word in words[1:] if word != task.name]
     names = [name for name in VARIANTS if name == STANDING or not parts or any(p in name for p in parts)]
     asked = [(name, seed) for name in names[: 2 if quick else None] for seed in SEEDS[: 1 if quick else None]]
