@@ -15,17 +15,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from prefix_ds.dist import end_process, rank_of_environment
+from prefix_ds.dist import end_process, rank_of_environment, tells
 from prefix_ds.errors import (
     EXIT_BUG,
+    EXIT_DEVICE,
     EXIT_DONE,
     EXIT_PEER,
     EXIT_STOPPED,
     EXIT_USER,
     ConfigError,
+    DeviceLost,
     PeerLost,
     PrefixError,
     Stopped,
+    Teller,
     printable,
 )
 
@@ -282,24 +285,23 @@ def _exit_code() -> int:
         print(ended.code, file=sys.stderr)  # noqa: T201
         return EXIT_BUG
     except PrefixError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}", error.teller)
         return EXIT_USER
     except Stopped as stopped:
-        _say(str(stopped))
+        _say(str(stopped), "first rank")
         return EXIT_STOPPED
-    except PeerLost as lost:
-        print(f"rank {rank_of_environment()}: {lost}", file=sys.stderr)  # noqa: T201
-        return EXIT_PEER
+    except (PeerLost, DeviceLost) as lost:
+        _say(f"rank {rank_of_environment()}: {lost}")
+        return EXIT_PEER if isinstance(lost, PeerLost) else EXIT_DEVICE
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in _NAMES_NO_FILE_CAN_HAVE:
             traceback.print_exc()
             return EXIT_BUG
-        _say(f"error: {printable(str(error.filename))}: {error.strerror}")
+        _say(f"error: {printable(str(error.filename))}: {error.strerror}", "machine")
         return EXIT_USER
     return EXIT_DONE
 
 
-def _say(line: str) -> None:
-    """One line on the terminal, from the first rank only: a mistake is raised on all of them."""
-    if rank_of_environment() == 0:
+def _say(line: str, teller: Teller = "rank") -> None:
+    if tells(teller):
         print(line, file=sys.stderr)  # noqa: T201

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from prefix_ds.errors import PeerLost, PrefixError, Stopped
+from prefix_ds.errors import ConfigError, PeerLost, PrefixError, Stopped, Teller
+from prefix_ds.faults import device_may_fail
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,17 @@ _PEER_IS_GONE = (
     "closed by peer",
     "reset by peer",
     "Timed out waiting",
-    "NCCL",
+    "remote process exit",
+    "remote peer",
+    "ncclRemoteError",
+    "ncclSystemError",  # of a socket or a network card
+    "communicator was aborted",
     "Broken pipe",
     "gloo/transport",
     "likely closed",
     "timed out",
 )
+_GPUS = "PREFIX_DS_GPUS"  # how many a launcher counts on, on this machine
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ class World:
 def rank_of_environment() -> int:
     """The rank a launcher gave this process; 0 without one. Needs no process group."""
     return int(os.environ.get("RANK", "0"))
+
+
+def tells(teller: Teller) -> bool:
+    """Whether this rank is the one to tell. Needs no process group."""
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    return teller == "rank" or rank_of_environment() == 0 or (teller == "machine" and is_first_here)
 
 
 def environment_with(**variables: str) -> dict[str, str]:
@@ -95,6 +107,7 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
     size, rank = int(env.get("WORLD_SIZE", "1")), rank_of_environment()
     local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", size))
     on_gpu = has_gpu()
+    _check_gpus(local_size)
     if not on_gpu:
         torch.set_num_threads(_threads(local_size))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -113,10 +126,41 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
             world_size=size if alone else -1,
         )
     try:
-        yield World(rank, size, local_rank, local_size, device)
+        with device_may_fail(f"rank {rank} ({device} of {socket.gethostname()})"):
+            _check_alike(device)
+            yield World(rank, size, local_rank, local_size, device)
     finally:
         if sys.exc_info()[0] in (None, Stopped):  # after an error a peer may be gone: a farewell would wait
             group.destroy_process_group()
+
+
+def _check_gpus(local_size: int) -> None:
+    """Raises ConfigError where the ranks here, or their launcher, count on GPUs that torch cannot use."""
+    import torch
+
+    usable, wanted = torch.cuda.device_count(), int(os.environ.get(_GPUS, "0"))
+    if wanted > usable or (usable and local_size > usable):
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise ConfigError(
+            f"{socket.gethostname()}: {max(wanted, local_size)} GPUs are counted on, and torch"
+            f" {torch.__version__} can use {usable} (CUDA_VISIBLE_DEVICES: {seen}): is it built for CUDA, and"
+            " is the driver new enough?"
+        )
+
+
+def _check_alike(device: "torch.device") -> None:
+    """Raises ConfigError on all ranks where some run on GPUs and others do not. Every rank calls this."""
+    kinds = gathered((device.type, socket.gethostname()))
+    if len({kind for kind, _ in kinds}) > 1:
+        hosts = ", ".join(sorted({host for kind, host in kinds if kind == "cpu"}))
+        raise _told_by(
+            "first rank", ConfigError(f"{hosts}: torch finds no GPU there, on other machines it does")
+        )
+
+
+def _told_by(teller: Teller, mistake: PrefixError) -> PrefixError:
+    mistake.teller = teller
+    return mistake
 
 
 def lasting_world() -> World:
@@ -219,7 +263,7 @@ def together(work: Callable[[], Answer]) -> Answer:
         mistake = error
     first = next((e for e in gathered(mistake) if e is not None), None)
     if first is not None:
-        raise first
+        raise _told_by("first rank", first)
     return answer  # type: ignore[return-value]
 
 
@@ -268,5 +312,8 @@ def peers_may_die() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if any(sign in str(error) for sign in _PEER_IS_GONE):
-            raise PeerLost(f"another rank is gone or hangs: {str(error).splitlines()[0]}") from error
+            said = "; ".join(
+                line.strip() for line in str(error).splitlines() if line.strip()
+            )  # NCCL's reason is last
+            raise PeerLost(f"another rank is gone or hangs: {said}") from error
         raise

@@ -8,11 +8,17 @@
     └── LaunchError             a host, a scheduler or a cluster a job is to run on
     Stopped                     a signal asked for the end; a checkpoint was written: exit code 75
     PeerLost                    another rank died in the middle of a step: exit code 76
+    DeviceLost                  this rank's own device broke down: exit code 77
 
 Everything else is a bug of ours (exit code 1, with its traceback). Knows nothing of what raises these.
 """
 
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER = 0, 1, 2, 75, 76
+from typing import Literal
+
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER, EXIT_DEVICE = 0, 1, 2, 75, 76, 77
+
+# Who tells of a mistake: all ranks make it alike, all of a machine do, or one alone.
+Teller = Literal["first rank", "machine", "rank"]
 
 
 def printable(text: str) -> str:
@@ -31,6 +37,8 @@ def is_unicode(text: str) -> bool:
 
 class PrefixError(Exception):
     """Mistakes the user can mend, a line each: it names the place, the value found and what was expected."""
+
+    teller: Teller = "machine"
 
     def __str__(self) -> str:
         """The lines; there are as many as arguments, whatever is in them."""
@@ -63,3 +71,7 @@ class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
 
 class PeerLost(Exception):  # noqa: N818 - the error is on the other rank
     """A collective call failed because another rank is gone."""
+
+
+class DeviceLost(Exception):  # noqa: N818 - it is the machine that is wrong
+    """This rank's device reports a fault of its own: another try, better on another machine, may succeed."""

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room is a module or a package of prefix_ds; it may import rooms of strictly lower floors, and itself.
 FLOORS = [
     {"__init__", "errors"},
+    {"faults"},
     {"config", "devices", "dist", "files", "progress", "promise"},
     {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "scores", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
