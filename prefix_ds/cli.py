@@ -290,9 +290,12 @@ def _exit_code() -> int:
     except Stopped as stopped:
         _say(str(stopped), "first rank")
         return EXIT_STOPPED
-    except (PeerLost, DeviceLost) as lost:
+    except PeerLost as lost:
         _say(f"rank {rank_of_environment()}: {lost}")
-        return EXIT_PEER if isinstance(lost, PeerLost) else EXIT_DEVICE
+        return EXIT_PEER
+    except DeviceLost as lost:
+        _say(str(lost))
+        return EXIT_DEVICE
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in _NAMES_NO_FILE_CAN_HAVE:
             traceback.print_exc()

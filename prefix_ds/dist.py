@@ -229,6 +229,21 @@ def largest(value: float) -> float:
     return float(box)
 
 
+def on_all(*flags: bool) -> list[bool]:
+    """Which of them hold on every rank, so that all go one way where each has rounded for itself.
+
+    Every rank calls this; a process without a group is alone.
+    """
+    import torch
+    import torch.distributed as group
+
+    votes = torch.tensor(flags, dtype=torch.int32)
+    with peers_may_die():
+        if group.is_initialized() and group.get_world_size() > 1:
+            group.all_reduce(votes, group.ReduceOp.MIN)
+    return [bool(vote) for vote in votes]
+
+
 def from_first(value: Answer) -> Answer:
     """Rank 0's value, on every rank (a small picklable one). Every rank calls this."""
     import torch.distributed as group

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefix_ds.config import PrefixKeys
+from prefix_ds.dist import from_first
 from prefix_ds.errors import ConfigError
 from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import Direct, Reparameterised, Slot, random_table, table_of
@@ -74,4 +75,5 @@ def _table(
         return random_table(slots, keys.length, keys.init_std, seed)
     tokens = text_tokens(tokenizer, keys.text or "", keys.length)
     lm.check_length(len(tokens), "prefix.length")
-    return table_of(lm.keys_values_of(torch.tensor([tokens], device=device), slots))
+    table_PD = table_of(lm.keys_values_of(torch.tensor([tokens], device=device), slots))
+    return from_first(table_PD)  # ranks round differently, and all that they exchange later is gradients

@@ -82,9 +82,7 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, pr
 
     Raises Stopped, with a checkpoint written, when asked to stop.
     """
-    if progress.step == 0:
-        progress = _validated(run, evaluate, progress)
-        progress = _evaluated(run, evaluate, progress)
+    progress = _judged(run, cadence, evaluate, progress)
     while progress.step < run.stream.num_steps:
         rate = learning_rate(progress.step, run.stream.num_steps, train)
         started = time.perf_counter()
@@ -100,11 +98,9 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, pr
         run.bar.at(progress.step, loss=report.loss, tokens_per_second=tokens_per_second, mfu=mfu)
         if last or progress.step % cadence.log_every == 0:
             run.tracker.metrics(progress.step, _values(report, rate) | speed | run.gauge.of_memory())
-        if last or _due(cadence.valid_every, progress.step):
-            progress = _validated(run, evaluate, progress)
-        if last or _due(evaluate.every, progress.step):
-            progress = _evaluated(run, evaluate, progress)
         stop = run.stop.agreed()
+        if last or not stop:  # whoever asks for the end may not wait for a long validation
+            progress = _judged(run, cadence, evaluate, progress)
         if last or stop or _due(cadence.save_every, progress.step):
             run.memory.save(run.engine, progress)
         if stop and not last:
@@ -114,6 +110,18 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, pr
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _judged(run: Run, cadence: RunKeys, keys: EvaluateKeys, progress: Progress) -> Progress:
+    """Validates and scores what is due at this step, unless that was done before the run was stopped."""
+    if progress.judged_step == progress.step:
+        return progress
+    always = progress.step in (0, run.stream.num_steps)
+    if always or _due(cadence.valid_every, progress.step):
+        progress = _validated(run, keys, progress)
+    if always or _due(keys.every, progress.step):
+        progress = _evaluated(run, keys, progress)
+    return replace(progress, judged_step=progress.step)
 
 
 def _validated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:

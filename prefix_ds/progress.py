@@ -15,4 +15,5 @@ class Progress:
     valid_loss: float | None = None  # the latest
     best_loss: float | None = None
     best_step: int | None = None
+    judged_step: int | None = None  # the latest at which all was validated and scored that was due
     best_score: float | None = None  # of evaluate.best_by, where that is a score: best_step is its step

@@ -154,12 +154,13 @@ def _tokenizer(config: RunConfig, folder: RunFolder, world: World) -> Any:
     """The base's tokenizer; a pretraining without one makes its own and keeps it in the run folder."""
     if config.model.name or config.model.tokenizer:
         return together(lambda: load_tokenizer(config.model))
-    if not folder.tokenizer.exists():
-        on_first(world, lambda: _make_tokenizer(config, folder))
-    return opened_tokenizer(folder.tokenizer)
+    on_first(world, lambda: _make_tokenizer(config, folder))  # no other rank looks for it before it is there
+    return together(lambda: opened_tokenizer(folder.tokenizer))
 
 
 def _make_tokenizer(config: RunConfig, folder: RunFolder) -> None:
+    if folder.tokenizer.exists():
+        return
     log.info("training a tokenizer")
     vocab_size = int(config.model.config.get("vocab_size", 8192))
     made = trained_tokenizer(read_texts(config.data), vocab_size)
@@ -184,7 +185,7 @@ def _base(config: RunConfig, settings: Settings, tokenizer: Any, world: World) -
     if config.model.name:
         return in_shards(first_here_first(world, lambda: load_base(config.model)), settings)
     with sharded_construction(settings):
-        return new_base(config.model, tokenizer)
+        return new_base(config.model, tokenizer, config.train.seed)
 
 
 def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World) -> Trained:
@@ -199,14 +200,14 @@ def _prefix_on(shards: Sharded, config: RunConfig, tokenizer: Any, world: World)
 
 
 def _wrapped(shards: Sharded, config: RunConfig, world: World) -> tuple[PrefixLM, int]:
-    """The base as a model that sees a prefix, and the operations of the products in its trial."""
+    """The base as a model that sees a prefix, and the operations of the products in a pass of its trial."""
     keys = config.model
     assert keys.recompute != "auto"
     with Products() as products:
         lm = PrefixLM(shards.module, attention=keys.attention, recompute=keys.recompute, device=world.device)
     for line in lm.limits if world.is_first else ():
         log.warning("%s", line)
-    return lm, products.flops
+    return lm, products.flops // lm.num_tries
 
 
 def _sweep(examples: Examples, limits: Limits, world: World) -> Ahead:

@@ -22,7 +22,7 @@ import torch
 from prefix_ds import dist
 from prefix_ds.config import DataKeys, TrainKeys
 from prefix_ds.data import packing
-from prefix_ds.data.ahead import Ahead, pinned
+from prefix_ds.data.ahead import Ahead, _thread, pinned
 from prefix_ds.data.batch import Document, Share
 from prefix_ds.data.collate import collate
 from prefix_ds.data.encode import encoder_of
@@ -830,6 +830,19 @@ def test_whatever_ends_a_run_ends_the_thread(error):
     with pytest.raises(error):
         run()
     assert not threads_ahead()
+
+
+def test_the_thread_works_with_the_gpu_of_its_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((device, threading.get_ident()))
+    )
+    for device in (torch.device("cuda", 3), CPU):
+        thread = _thread(device)
+        working = thread.submit(threading.get_ident).result()
+        thread.shutdown()
+        assert chosen == ([(device, working)] if device.type == "cuda" else [])
+        chosen.clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,8 +6,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_ds.config import parse_config
+from prefix_ds.dist import joined_world
+from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.errors import RunError
+from prefix_ds.loading import new_base
 from prefix_ds.optim import adamw, learning_rate
+from prefix_ds.train import _trained
 from tests.ranks import on_ranks
 from tests.test_laws import changed, metrics, reference_inputs, stop_after, strip_times, train_here
 from tests.workshop import run_config, tokenizer
@@ -72,6 +76,56 @@ def test_full_fine_tuning_goes_on_as_if_never_stopped(tmp_path, dtype):
         result_of(stopped).named_parameters(), result_of(config).named_parameters(), strict=True
     ):
         assert torch.equal(one, two), name
+
+
+def go_on_with_small_parameters_whole(config):
+    """A second pass of the trial, as some bases have on GPUs, leaves small parameters whole on every rank."""
+    from prefix_ds.model import PrefixLM
+
+    tried = PrefixLM._tried
+
+    def tried_twice(self):
+        tried(self)
+        return tried(self)
+
+    PrefixLM._tried = tried_twice
+    train_here(config)
+
+
+def test_whatever_ran_before_a_checkpoint_is_restored_leaves_no_trace(tmp_path):
+    config = full_config(tmp_path)
+    stopped = changed(config, f"run.folder={tmp_path}/stopped")
+    on_ranks(2, train_here, config)
+    on_ranks(2, stop_after, stopped, 3)
+    on_ranks(2, go_on_with_small_parameters_whole, stopped)
+    assert strip_times(metrics(stopped)) == strip_times(metrics(config))
+
+
+def type_of_summed_gradients(config):
+    with joined_world() as world:
+        made = _trained(config, deepspeed_settings(config, world.size), tokenizer(), world)
+        return made.base.engine.optimizer.grad_partitions_flat_buffer.dtype
+
+
+def test_gradients_of_micro_batches_are_summed_in_float32(tmp_path):
+    config = full_config(tmp_path, "model.dtype=bfloat16")
+    assert on_ranks(1, type_of_summed_gradients, config) == [torch.float32]
+
+
+def test_a_new_base_is_that_of_its_seed():
+    config = parse_config(
+        """
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+    num_attention_heads: 4}
+data: {train: x.txt}
+train: {method: pretrain}
+run: {folder: r}
+"""
+    )
+    one, again, other = (new_base(config.model, tokenizer(), seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
 
 def test_a_base_is_made_from_text_and_takes_a_prefix(tmp_path):

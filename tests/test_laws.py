@@ -158,6 +158,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(tmp_path, dtype, reparam
     on_ranks(2, train_here, config)
     on_ranks(2, stop_after, stopped, 3)
     assert len([row for row in metrics(stopped) if "train/loss" in row]) == 3
+    assert [row["step"] for row in metrics(stopped) if "valid/loss" in row] == [0], "the one due waits"
     on_ranks(2, train_here, stopped)
     assert strip_times(metrics(stopped)) == strip_times(metrics(config))
     assert whole_state(stopped) == whole_state(config)

@@ -24,6 +24,7 @@ from prefix_ds.model.attention import widened
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
 from prefix_ds.model.recompute import repeatable_layers
+from prefix_ds.model.standing import meta_stands_for
 from prefix_ds.prefix import keys_values_of
 from prefix_ds.prefix import table_of as float32_table_of
 from tests.laws import answers, batch_of, calls_of, distance, noisy_table, table_of, tokens
@@ -274,14 +275,18 @@ def test_attention_in_pieces_is_that_of_whole_documents(
         assert distance(ours, plain) < EXACT
 
 
-def test_a_long_document_makes_no_mask_of_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, hidden = [], apart._hidden
-    monkeypatch.setattr(apart, "_hidden", lambda *a: (made.append(hidden(*a)), made[-1])[1])
-    text = [torch.randn(1, 1, 1000, 2) for _ in range(3)]
+@pytest.mark.parametrize("window", [None, 40, 300])
+def test_masks_are_few_and_small_whatever_the_lengths(window: int | None) -> None:
+    apart._hidden.cache_clear()
     nothing = torch.zeros(1, 0, 2)
-    layout = apart.Layout([Document(0, 0, 1000)], Causal(), frozenset(), 1.0)
-    apart.attended(text[0], text[1], text[2], (nothing, nothing), layout)
-    assert sum({mask.data_ptr(): mask.numel() for mask in made}.values()) <= 2 * apart._BLOCK**2
+    for length in range(200, 1000, 23):
+        text = [torch.randn(1, 1, length, 2) for _ in range(3)]
+        layout = apart.Layout([Document(0, 0, length)], Causal(window), frozenset(), 1.0)
+        apart.attended(text[0], text[1], text[2], (nothing, nothing), layout)
+    kept = apart._hidden.cache_info().currsize
+    assert kept == (1 if window is None or window < apart._BLOCK else 2)
+    mask_QC = apart._hidden(window, torch.float32, torch.device("cpu"))
+    assert mask_QC.shape == (apart._BLOCK, apart._BLOCK + (window - 1 if window else 0))
 
 
 def test_a_model_that_reads_its_mask_gets_one(made_whole: list[None]) -> None:
@@ -336,6 +341,27 @@ def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pyte
     for (loss, grad_PD), (true_loss, true_PD) in zip(found, want, strict=True):
         assert distance(loss, true_loss) < EXACT
         assert distance(grad_PD, true_PD) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "length", "window", "takes"),
+    [
+        (128, torch.bfloat16, 9, None, True),
+        (64, torch.float16, 9, 9, True),
+        (100, torch.bfloat16, 9, None, False),  # open_llama_3b's
+        (320, torch.bfloat16, 9, None, False),
+        (64, torch.float32, 9, None, False),
+        (64, torch.bfloat16, 9, 8, False),
+    ],
+)
+def test_a_kernel_for_gpus_is_given_only_what_it_takes(
+    size: int, dtype: torch.dtype, length: int, window: int | None, takes: bool
+) -> None:
+    text = [torch.empty(1, 2, length, size, dtype=dtype, device="meta")] * 3
+    layout = apart.Layout([Document(0, 0, length)], Causal(window), frozenset(), 1.0)
+    assert not varlen.is_for(*text, layout), "the meta device stands for itself"
+    with meta_stands_for("cuda"):
+        assert varlen.is_for(*text, layout) == takes
 
 
 def lacking_last_targets(batch: Batch, count: int) -> Batch:

@@ -4,16 +4,21 @@ Two ranks, families that differ in what could trip ZeRO-3: Conv1D weights, exper
 scaled embeddings, sinks, low-rank keys, a window, parameters that one module reads from another.
 """
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from prefix_ds.config import parse_config
 from prefix_ds.dist import joined_world
-from prefix_ds.engine.filling import in_shards
+from prefix_ds.engine.filling import _place_buffers, in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
+from prefix_ds.initial import initial_prefix
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.trial import Trial
 from prefix_ds.prefix import table_of
 from tests.laws import whole_batch
 from tests.ranks import on_ranks
@@ -49,6 +54,58 @@ def answers(lm):
     loss.backward()
     lm.detach()
     return loss.item(), table_PD.detach().numpy(), table_PD.grad.numpy()
+
+
+def test_buffers_lie_where_the_base_runs():
+    """DeepSpeed moves none of a base in shards; here the meta device is the GPU."""
+    base = tiny("deepseek_v3")
+    _place_buffers(base, torch.device("meta"))
+    assert {buffer.device.type for buffer in base.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in base.parameters()} == {"cpu"}
+    assert "e_score_correction_bias" in " ".join(name for name, _ in base.named_buffers())
+
+
+class Words:
+    """A tokenizer of the small vocabulary."""
+
+    all_special_ids = ()
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[5, 6, 7])
+
+
+def starts_that_round_differently(folder):
+    """A text's keys and values, which the second rank finds a little larger."""
+    config = parse_config(f"model: {{name: {folder}/llama, dtype: float32}}\nprefix: {{text: a b c}}")
+    with joined_world() as world:
+        settings = deepspeed_settings(config, world.size)
+        base = sharded(in_shards(load_base(config.model), settings), settings)
+        lm = PrefixLM(base.module)
+        exact = lm.keys_values_of
+        lm.keys_values_of = lambda *a: [(key * (1 + world.rank), value) for key, value in exact(*a)]
+        prefix = initial_prefix(lm, config.prefix, Words(), 0, world.device)
+        return prefix.table().detach().numpy()
+
+
+def test_all_ranks_start_from_one_prefix(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    one, other = on_ranks(2, starts_that_round_differently, tmp_path)
+    assert (one == other).all()
+
+
+def trials_that_differ(folder):
+    config = parse_config(f"model: {{name: {folder}/llama, dtype: float32}}\nprefix: {{text: a b c}}")
+    with joined_world() as world:
+        settings = deepspeed_settings(config, world.size)
+        base = sharded(in_shards(load_base(config.model), settings), settings)
+        findings = Trial.findings
+        Trial.findings = lambda *a: replace(findings(*a), can_pack=world.rank == 0)
+        return PrefixLM(base.module).can_pack
+
+
+def test_ranks_agree_on_what_a_base_can_do(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    assert on_ranks(2, trials_that_differ, tmp_path) == [False, False]
 
 
 def answers_in_shards(folder, names, recompute):

@@ -1,6 +1,7 @@
 """How well a run uses its devices: what a step needs, what they could do, where time goes, what is read."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from prefix_ds.data.batch import Share
 from prefix_ds.data.examples import tokenise_split
 from prefix_ds.data.stream import Stream
-from prefix_ds.dist import joined_world, largest, summed
+from prefix_ds.dist import World, joined_world, largest, summed
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.waiting import waiting
 from prefix_ds.loading import load_tokenizer
@@ -20,6 +21,7 @@ from prefix_ds.rows import limits_for
 from prefix_ds.speed import Cost, Gauge, Products, cost_of, medians, peak_flops
 from prefix_ds.speed.peak import tflops_of
 from prefix_ds.tracking import Record
+from prefix_ds.train import _wrapped
 from tests.laws import batch_of, noisy_table, tokens
 from tests.ranks import on_ranks
 from tests.test_laws import changed, metrics, train_here
@@ -42,6 +44,18 @@ def inner_weights(lm):
     """Numbers of all matrices but embeddings and output layer."""
     outer = {id(lm.base.get_input_embeddings().weight), id(lm.base.get_output_embeddings().weight)}
     return sum(p.numel() for p in lm.base.parameters() if p.dim() == 2 and id(p) not in outer)
+
+
+def test_a_second_trial_is_not_counted_as_work(tmp_path, monkeypatch):
+    """Some bases have one on GPUs."""
+    tried = PrefixLM._tried
+    config = run_config(tmp_path)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    shards = SimpleNamespace(module=tiny("llama").float())
+    _, once = _wrapped(shards, config, world)
+    monkeypatch.setattr(PrefixLM, "_tried", lambda self: (tried(self), tried(self))[1])
+    lm, twice = _wrapped(shards, config, world)
+    assert (lm.num_tries, twice) == (2, once)
 
 
 def test_a_token_costs_two_operations_a_weight_in_each_pass():

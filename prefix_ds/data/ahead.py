@@ -35,7 +35,7 @@ class Ahead:
         """`make` gives share 0 <= n < num_steps; it is only ever called in the thread, one at a time."""
         self.num_steps = num_steps
         self._make, self._placed = make, _Copies(device) if device.type == "cuda" else _as_it_is
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shares ahead")
+        self._thread = _thread(device)
         self._coming: dict[int, Future[Share]] = {}
         self._hurry = threading.Event()  # set while a share is waited for
 
@@ -72,6 +72,12 @@ class Ahead:
         """In the thread."""
         self._hurry.wait(_PAUSE_SECONDS)
         return self._placed(self._make(step))
+
+
+def _thread(device: torch.device) -> ThreadPoolExecutor:
+    """A thread that works with this device: by itself it would begin with the first GPU, and use it."""
+    start = torch.cuda.set_device if device.type == "cuda" else lambda _: None
+    return ThreadPoolExecutor(1, "shares ahead", initializer=start, initargs=(device,))
 
 
 def _as_it_is(share: Share) -> Share:

@@ -35,7 +35,7 @@ _QUICK_BYTES = 2**28
 
 
 def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
-    """The base, every promised parameter of which is now a filled shard.
+    """The base, every promised parameter of which is now a filled shard, with its buffers on the device.
 
     Raises ModelError. Every rank calls this.
     """
@@ -50,10 +50,18 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
     takes_a_while = total > _QUICK_BYTES
     with progress_bar("loading, MiB", total >> 20, is_visible=takes_a_while and init.rank == 0) as bar:
         _fill(holders, init, bar)
+    _place_buffers(base, init.local_device)
     if takes_a_while:
         seconds = time.perf_counter() - began
         log.info("loaded %s MiB a rank in %.1f s", f"{total / 2**20:,.0f}", seconds)
     return base
+
+
+def _place_buffers(base: nn.Module, device: torch.device) -> None:
+    """Puts them where the base runs: DeepSpeed moves no module that has shards."""
+    for module in base.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def _check_disk(holders: "Holders", init: Any, total: int) -> None:

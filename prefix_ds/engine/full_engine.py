@@ -81,6 +81,7 @@ class FullEngine:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Puts back what `tensors` gave on the same rank of as many. Every rank calls this."""
         optimizer = self.model.engine.optimizer
+        optimizer.parameter_offload.partition_all_parameters()  # small ones may lie whole on every rank still
         state = optimizer.state_dict()
         moments: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():

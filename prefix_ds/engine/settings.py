@@ -64,6 +64,8 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> Settings:
         raise ConfigError(f"engine.deepspeed: {name}: {mistake}")
     _refuse_auto(settings, name)
     _place_on_disk(settings, config)
+    if config.train.method != "prefix":  # or a sum over micro-batches would be rounded to bfloat16 at each
+        settings = {"data_types": {"grad_accum_dtype": "fp32"}} | settings
     return settings | {
         "train_batch_size": world_size,  # micro-batches vary in number: the engine counts them, not DeepSpeed
         "train_micro_batch_size_per_gpu": 1,

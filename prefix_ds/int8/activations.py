@@ -34,8 +34,9 @@ def _times(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
     kernels, flat = torch.ops.bitsandbytes, x.detach().reshape(-1, x.shape[-1])
+    given = flat.to(torch.float16) if flat.is_cuda else flat  # CUDA's kernel takes nothing else
     with scales_known():
-        rows, largest, outliers = kernels.int8_vectorwise_quant(flat.contiguous(), threshold)
+        rows, largest, outliers = kernels.int8_vectorwise_quant(given.contiguous(), threshold)
         y = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)[0]
     shape = [*x.shape[:-1], len(scale)]
     shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)  # not a view: layers write into what they get

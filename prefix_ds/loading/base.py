@@ -122,8 +122,8 @@ def _opened_as(tensors: Mapping[str, Promise]) -> Iterator[None]:
         modeling_utils.safe_open = original
 
 
-def new_base(keys: ModelKeys, tokenizer: Any) -> nn.Module:
-    """A base of the architecture in `model.config`, of the tokenizer's size, with random weights.
+def new_base(keys: ModelKeys, tokenizer: Any, seed: int) -> nn.Module:
+    """A base of the architecture in `model.config`, of the tokenizer's size, with the seed's random weights.
 
     Raises ConfigError. Every rank calls this.
     """
@@ -133,6 +133,7 @@ def new_base(keys: ModelKeys, tokenizer: Any) -> nn.Module:
     sizes = special | keys.config | {"vocab_size": len(tokenizer)}
     with config_errors():
         config = AutoConfig.for_model(**sizes)
+        torch.manual_seed(seed)
         base: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, keys.dtype))
     return base
 

@@ -194,26 +194,25 @@ def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, 
     key_KCH = piece.keys(text.front_key_KPH, text.key_KTH)
     wide, num_keys = _wide(query_KQH), key_KCH.shape[1] - text.front
     score_KQC = torch.bmm(query_KQH.to(wide) * layout.scale, key_KCH.to(wide).mT)
-    some_keys = num_keys if layout.pattern.window else num_queries  # before them all is seen
-    score_KQC[:, :, -some_keys:] += _hidden(
-        layout.pattern, num_queries, some_keys, num_groups, wide, key_KCH.device
-    )
+    hidden_QC = _hidden_by(layout.pattern, piece, num_queries, num_keys, score_KQC)
+    score_KGQC = score_KQC.view(len(score_KQC), num_groups, num_queries, -1)
+    score_KGQC[..., -hidden_QC.shape[1] :] += hidden_QC
     return query_KQH, key_KCH, torch.softmax(score_KQC, dim=-1)
 
 
-@lru_cache(maxsize=1024)
-def _hidden(
-    pattern: Causal,
-    num_queries: int,
-    num_keys: int,
-    num_groups: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """What is added to the scores that the last of some text have of it, for each group in turn."""
-    seen = pattern.seen(num_queries, num_keys, device)
-    hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-    return hidden.repeat(num_groups, 1)
+def _hidden_by(pattern: Causal, piece: _Piece, num_queries: int, num_keys: int, like: Tensor) -> Tensor:
+    """What is added to the scores that a piece's queries have of its last keys; before those all is seen."""
+    if pattern.window is None or piece.queries.stop <= pattern.window:
+        return _hidden(None, like.dtype, like.device)[-num_queries:, -num_queries:]
+    return _hidden(pattern.window, like.dtype, like.device)[-num_queries:, -num_keys:]
+
+
+@lru_cache(maxsize=16)
+def _hidden(window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """That of the largest piece; a smaller one has its last rows and columns."""
+    num_keys = _BLOCK + (window - 1 if window else 0)
+    seen = Causal(window).seen(_BLOCK, num_keys, device)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def _to_score(to_probability: Tensor, probability: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_ds.data.batch import Batch, Document
+from prefix_ds.dist import on_all
 from prefix_ds.errors import ConfigError
 from prefix_ds.int8 import Watched
 from prefix_ds.model import decoding
@@ -70,6 +71,7 @@ class PrefixLM:
         self._head = Head(base.get_output_embeddings())
         contexts = self._joint.checkpoint_contexts
         self._recomputation = Recomputation(base, recompute, contexts) if recompute else None
+        self.num_tries = 0  # passes of a trial: what they took is told by whoever measures
         self._findings = self._tried()
 
     @property
@@ -267,6 +269,8 @@ class PrefixLM:
 
     @torch.no_grad()
     def _try(self) -> Findings:
+        """One pass; what ranks might round differently is so only where it is on all of them."""
+        self.num_tries += 1
         trial = Trial(self.device)
         self._joint.source = trial
         with Watched(self.base), self._head.heard() as raw:
@@ -278,7 +282,11 @@ class PrefixLM:
         if not trial.slots:
             raise no_attention_to_join(self.base)
         finish = finish_of(raw[0][0], logits_MV, text_config(self.base)) if raw else None
-        return trial.findings(logits_MV, not self._joint.attended_whole, finish)
+        found = trial.findings(logits_MV, not self._joint.attended_whole, finish)
+        means_text, can_pack, is_known = on_all(found.means_text, found.can_pack, found.finish is not None)
+        return replace(
+            found, means_text=means_text, can_pack=can_pack, finish=found.finish if is_known else None
+        )
 
 
 def _length(table_PD: Tensor | None) -> int:

@@ -6,7 +6,8 @@ prefix is so many more keys in front of each document: it is copied for each, wh
 scores, and nothing has to be put together afterwards.
 
 A window would hide the prefix, so layers whose window is shorter than a document are left to `apart`. So is
-all that the kernel does not take: float32, large heads, keys and values of two sizes.
+all that the kernel does not take: float32, large heads or ones of odd sizes, keys and values of two sizes,
+GPUs before Ampere.
 
 Knows nothing of modules, and of masks no more than their pattern.
 """
@@ -25,7 +26,8 @@ from prefix_ds.data.batch import Document
 from prefix_ds.model.apart import Layout
 from prefix_ds.model.standing import device_type
 
-_LARGEST_HEAD = 256
+_LARGEST_HEAD, _HEADS_ARE_MULTIPLES_OF = 256, 8
+_AMPERE = (8, 0)
 _TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -34,8 +36,15 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     longest = max((document.length for document in layout.documents), default=0)
     sees_all = layout.pattern.window is None or longest <= layout.pattern.window
     sizes = {tensor.shape[-1] for tensor in (query, key, value)}
-    is_small = len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD
-    return device_type(query) == "cuda" and query.dtype in _TYPES and is_small and sees_all and longest > 0
+    fits = len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD and max(sizes) % _HEADS_ARE_MULTIPLES_OF == 0
+    can_be = fits and sees_all and longest > 0 and query.dtype in _TYPES
+    return can_be and device_type(query) == "cuda" and _is_new_enough(query.device)
+
+
+@lru_cache
+def _is_new_enough(device: torch.device) -> bool:
+    """Of a GPU; what only stands for one (`standing`) is."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _AMPERE
 
 
 def attended(

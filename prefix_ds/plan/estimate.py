@@ -207,14 +207,14 @@ def _of_a_prefix(seen: Rehearsal, step: Step, config: RunConfig) -> tuple[dict[s
 def _of_all_weights(
     seen: Rehearsal, num_ranks: int, settings: Mapping[str, Any]
 ) -> tuple[dict[str, int], int]:
-    """What is kept: gradients in the weights' type and a bucket; float32 weights and two moments. An update
+    """What is kept: gradients in float32 and a bucket; float32 weights and two moments. An update
     takes, of a group of weights at a time, a gradient in float32 beside what AdamW needs."""
     zero = settings["zero_optimization"]
     mine = sum(_shard_bytes(w, num_ranks) // w.itemsize for w in seen.course.weights)
     itemsize = max(w.itemsize for w in seen.course.weights)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * itemsize
     group = min(mine, int(zero.get("sub_group_size", 1e9)))
-    kept = {"gradients": mine * itemsize + bucket, "optimizer": 3 * mine * _FLOAT}
+    kept = {"gradients": mine * _FLOAT + bucket, "optimizer": 3 * mine * _FLOAT}
     return kept, (1 + _UPDATE) * group * _FLOAT
 
 
