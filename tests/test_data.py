@@ -834,9 +834,7 @@ def test_whatever_ends_a_run_ends_the_thread(error):
 
 def test_the_thread_works_with_the_gpu_of_its_rank(monkeypatch):
     chosen = []
-    monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: chosen.append((device, threading.get_ident()))
-    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append((d, threading.get_ident())))
     for device in (torch.device("cuda", 3), CPU):
         thread = _thread(device)
         working = thread.submit(threading.get_ident).result()

@@ -82,7 +82,7 @@ def main():
         chosen = [case for case in cases if all(word in f"{case}, {row}" for word in words)]
         if not chosen or (bare := in_a_process("bare", row)) is None:
             continue
-        show_products(row, bare)
+        show_products(row, bare["rates"], in_a_process("8-bit products", row))
         for case in chosen:
             told = cells(row, in_a_process(case, row), bare["rate"])
             CONSOLE.print(f"{case}, a row of {row:,}: {' '.join(told)}", markup=False)
@@ -102,7 +102,7 @@ def in_a_process(case, row):
         CONSOLE.print(f"{row:,}, {case}: {(error or ['nothing said'])[-1][:300]}", markup=False)
         return None
     found = json.loads(told.removeprefix(MARK))
-    if case != "bare":
+    if "step_seconds" in found:
         show(f"{case}, a row of {row:,}", Found(**found))
     return found
 
@@ -161,6 +161,8 @@ def run_case(case, row):
     with joined_world() as world:
         if case == "bare":
             return bare_products(row, world.device)
+        if case == "8-bit products":
+            return products_in_8_bits(row, world.device)
         step = peer(row, world.device, case.endswith("8 bits")) if "PEFT" in case else ours(case, row, world)
         return asdict(measured(step))
 
@@ -247,16 +249,19 @@ def measured(step):
 
 
 def bare_products(row, device):
-    """The rate of bare products, the rates by shape, and those with 8-bit weights."""
+    """The rate of bare products, and the rates by shape."""
     work = work_of(row)
     bare = Bare(work, device)
     found = [bare.timed(finish) for _ in range(5)][2:]
     medians = {key: statistics.median(one[key] for one in found) for key in found[0]}
     rates = {" ".join(key): rate for key, rate in bare.rates(medians).items()}
-    del bare
-    shapes = {(outputs, inputs) for _, outputs, inputs in work.products()}
-    in_8_bits = {f"{r} x {k}": int8_rates(row, r, k, device) for r, k in sorted(shapes)}
-    return {"rate": work.product_flops() / sum(medians.values()), "rates": rates, "int8": in_8_bits}
+    return {"rate": work.product_flops() / sum(medians.values()), "rates": rates}
+
+
+def products_in_8_bits(row, device):
+    """By shape of the weight, the rates of each way."""
+    shapes = {(outputs, inputs) for _, outputs, inputs in work_of(row).products()}
+    return {f"{r} x {k}": int8_rates(row, r, k, device) for r, k in sorted(shapes)}
 
 
 def int8_rates(rows, outputs, inputs, device):
@@ -280,14 +285,14 @@ def a_call(work, count=10):
     return statistics.median(seconds(lambda: (work(), finish())) for _ in range(count))
 
 
-def show_products(row, bare):
+def show_products(row, bare, in_8_bits):
     """Rates of shapes, in TFLOP/s."""
     table = Table("product, alone", "TFLOP/s", title=f"{row:,} tokens: bare, bfloat16")
-    for name, rate in bare["rates"].items():
+    for name, rate in bare.items():
         table.add_row(name, f"{rate / 1e12:,.3g}")
-    ways = next(iter(bare["int8"].values()))
+    ways = next(iter(in_8_bits.values())) if in_8_bits else ()
     shapes = Table("weight", *ways, title=f"{row:,} tokens: TFLOP/s with a weight in 8 bits, and in 16")
-    for name, rates in bare["int8"].items():
+    for name, rates in (in_8_bits or {}).items():
         shapes.add_row(name, *(f"{rate / 1e12:,.3g}" for rate in rates.values()))
     CONSOLE.print(table, shapes)
 
