@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.ready-tests
 
-.PHONY: demo test check clean
+.PHONY: install demo test check clean
+
+install: $(READY)
 
 demo: $(READY)
 	$(BIN)/prefix-ds demo

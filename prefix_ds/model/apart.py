@@ -202,16 +202,16 @@ def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, 
 
 def _hidden_by(pattern: Causal, piece: _Piece, num_queries: int, num_keys: int, like: Tensor) -> Tensor:
     """What is added to the scores that a piece's queries have of its last keys; before those all is seen."""
+    size = 1 << (num_queries - 1).bit_length()
     if pattern.window is None or piece.queries.stop <= pattern.window:
-        return _hidden(None, like.dtype, like.device)[-num_queries:, -num_queries:]
-    return _hidden(pattern.window, like.dtype, like.device)[-num_queries:, -num_keys:]
+        return _hidden(None, size, like.dtype, like.device)[-num_queries:, -num_queries:]
+    return _hidden(pattern.window, size, like.dtype, like.device)[-num_queries:, -num_keys:]
 
 
-@lru_cache(maxsize=16)
-def _hidden(window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """That of the largest piece; a smaller one has its last rows and columns."""
-    num_keys = _BLOCK + (window - 1 if window else 0)
-    seen = Causal(window).seen(_BLOCK, num_keys, device)
+@lru_cache(maxsize=32)
+def _hidden(window: int | None, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """That of `size` queries; fewer have its last rows and columns."""
+    seen = Causal(window).seen(size, size + (window - 1 if window else 0), device)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 

@@ -269,7 +269,7 @@ class PrefixLM:
 
     @torch.no_grad()
     def _try(self) -> Findings:
-        """One pass; what ranks might round differently is so only where it is on all of them."""
+        """One pass; what ranks might round differently holds only where it does on all of them."""
         self.num_tries += 1
         trial = Trial(self.device)
         self._joint.source = trial
@@ -283,6 +283,8 @@ class PrefixLM:
             raise no_attention_to_join(self.base)
         finish = finish_of(raw[0][0], logits_MV, text_config(self.base)) if raw else None
         found = trial.findings(logits_MV, not self._joint.attended_whole, finish)
+        if self.device.type == "meta":  # a rehearsal, which a rank makes alone
+            return found
         means_text, can_pack, is_known = on_all(found.means_text, found.can_pack, found.finish is not None)
         return replace(
             found, means_text=means_text, can_pack=can_pack, finish=found.finish if is_known else None
