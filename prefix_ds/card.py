@@ -18,7 +18,9 @@ from prefix_ds.config import RunConfig
 from prefix_ds.errors import RunError
 from prefix_ds.tracking import masked
 
+_OF = {"": "the trained prefix", "bare": "the bare base", "instruction": "the instruction alone"}
 _TRAIN_KEYS = ("global_batch_size", "lr", "warmup_steps", "schedule", "weight_decay", "clip_norm", "seed")
+_SCORE_HEAD = ("of", "split", "records", "score", "value")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,17 @@ class Part:
 
 
 def read_evaluations(run: Path) -> tuple[Mapping[str, Any], ...]:
-    """What `RUN/evaluate/*.json` say, by split. Raises RunError for one that cannot be read."""
-    return tuple(_read(path) for path in sorted((run / "evaluate").glob("*.json")))
+    """What `RUN/evaluate/*.json` say: by split, the prefix's own before those of the base without it.
+
+    Each has as `of` what it was measured of. Raises RunError for one that cannot be read.
+    """
+    paths = sorted((run / "evaluate").glob("*.json"), key=lambda path: (_front(path) != "", path.name))
+    return tuple({**_read(path), "of": _OF.get(_front(path), _front(path))} for path in paths)
+
+
+def _front(path: Path) -> str:
+    """`bare` of test.bare.json; empty for an evaluation of the prefix itself."""
+    return path.stem.partition(".")[2]
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -72,7 +83,7 @@ def _part(part: Part, number: str) -> str:
     text = f"## Where it comes from{number}\n\n{_table(('', ''), _origin(part))}"
     scores = _score_rows(part.evaluations)
     if scores:
-        text += f"\n\n## Scores{number}\n\n{_table(('split', 'records', 'score', 'value'), scores)}"
+        text += f"\n\n## Scores{number}\n\n{_table(_SCORE_HEAD, scores)}"
     return text
 
 
@@ -115,10 +126,10 @@ def _line(text: str | None) -> str:
     return json.dumps(text or "", ensure_ascii=False)[1:-1].replace("`", "'")
 
 
-def _score_rows(evaluations: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+def _score_rows(evaluations: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
     for found in evaluations:
-        place = str(found["split"]), str(found["records"])
+        place = found.get("of", ""), str(found["split"]), str(found["records"])
         rows += [(*place, name, f"{found[name]:.4f}") for name in ("loss", "perplexity") if name in found]
         for name, score in found.get("scores", {}).items():
             span = f" ({score['low']:.4f} to {score['high']:.4f})" if "low" in score else ""

@@ -79,6 +79,20 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
     }
 
 
+def test_the_card_says_of_what_a_score_is_and_the_prefixs_own_come_first(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name, loss in (("valid", 2.25), ("test.bare", 4.5), ("test.instruction", 3.5)):
+        told = EVALUATION | {"split": name.partition(".")[0], "loss": loss, "scores": {}}
+        (copy / "evaluate" / f"{name}.json").write_text(json.dumps(told))
+    card, _ = exported(tmp_path / "peft", copy)
+    assert re.findall(r"\| (.*) \| (\w+) \| 7 \| loss \| (.*) \|", card) == [
+        ("the trained prefix", "test", "2.5000"),
+        ("the trained prefix", "valid", "2.2500"),
+        ("the bare base", "test", "4.5000"),
+        ("the instruction alone", "test", "3.5000"),
+    ]
+
+
 def snippet_of(text):
     (code,) = re.findall(r"```python\n(from peft.*?)```", text, re.DOTALL)
     return code
