@@ -206,7 +206,10 @@ def import_(
     out: Annotated[Path, typer.Argument(help="run folder to write")],
     overrides: Overrides = None,
 ) -> None:
-    """Turn a PEFT prefix-tuning adapter into a run folder of ours."""
+    """Turn a PEFT prefix-tuning adapter into a run folder of ours.
+
+    One process, or any rank of torchrun, for a base that one device cannot hold.
+    """
     from prefix_ds.importing import import_run
 
     import_run(adapter, out, overrides or [])

@@ -31,10 +31,11 @@ _TABLE = "prompt_embeddings"
 
 @dataclass(frozen=True)
 class PeftPrefix:
-    """A PEFT prefix: (key_NPH, value_NPH) of each layer, and the base it names."""
+    """A PEFT prefix: (key_NPH, value_NPH) of each layer, and the base and revision it names."""
 
     path: Path
     base: str
+    revision: str | None  # of the base
     layers: list[KeyValue]
 
 
@@ -90,9 +91,9 @@ def read_peft(folder: Path) -> PeftPrefix:
         found = None if table_PD is None else list(table_PD.shape)
         raise RunError(f"{path}: {_TABLE} is {found}, {_CONFIG} describes {[length, 2 * layers * width]}")
     kinds = table_PD.float().view(length, 2 * layers, heads, width // heads).permute(1, 2, 0, 3)
-    return PeftPrefix(
-        path, str(config["base_model_name_or_path"]), [*zip(kinds[::2], kinds[1::2], strict=True)]
-    )
+    base, revision = str(config["base_model_name_or_path"]), config.get("revision")
+    pairs = [*zip(kinds[::2], kinds[1::2], strict=True)]
+    return PeftPrefix(path, base, str(revision) if revision else None, pairs)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

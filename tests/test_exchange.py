@@ -16,6 +16,7 @@ from prefix_ds.export import export_peft
 from prefix_ds.model import PrefixLM
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
+from prefix_ds.run_folder import open_run
 from tests.laws import batch_of, distance
 from tests.ranks import command, on_ranks
 from tests.tiny_models import VOCABULARY, tiny_config
@@ -151,14 +152,57 @@ def test_keys_and_values_of_different_sizes_are_refused(tmp_path, family):
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def test_an_imported_run_keeps_no_password(tmp_path):
+def pefts_adapter(folder, base, **keys):
     import peft
 
-    base, adapter = base_folder(tmp_path / "base"), tmp_path / "adapter"
     model = AutoModelForCausalLM.from_pretrained(base)
-    peft.get_peft_model(
-        model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    ).save_pretrained(adapter)
+    keys = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **keys)
+    peft.get_peft_model(model, keys).save_pretrained(folder)
+    return folder
+
+
+def test_an_imported_run_keeps_the_revision_of_its_base(tmp_path):
+    base = base_folder(tmp_path / "base")
+    adapter = pefts_adapter(tmp_path / "adapter", base, revision="v2.1")
+    (ended,) = command("import", adapter, tmp_path / "out", "model.dtype=float32")
+    assert ended.code == 0, ended.err
+    _, config = open_run(tmp_path / "out")
+    assert (config.model.name, config.model.revision) == (str(base), "v2.1")
+    assert read_prefix(tmp_path / "out" / "prefix").facts.revision == "v2.1"
+    words = ["model.dtype=float32", f"model.name={base}"]
+    (ended,) = command("import", adapter, tmp_path / "other", *words)
+    assert ended.code == 0, ended.err
+    assert open_run(tmp_path / "other")[1].model.revision is None, "it is that of the base that PEFT names"
+
+
+def writing_nothing(rank):
+    """Files of rank 1 cannot be written."""
+    if rank:
+        import prefix_ds.importing as room
+
+        def refused(*_):
+            raise AssertionError("only the first rank writes")
+
+        room.write_config = room.import_peft = refused
+
+
+def test_two_ranks_import_what_one_does(tmp_path):
+    adapter = pefts_adapter(tmp_path / "adapter", base_folder(tmp_path / "base"))
+    for size in (1, 2):
+        for ended in command(
+            "import", adapter, tmp_path / f"out{size}", "model.dtype=float32", size=size, before=writing_nothing
+        ):
+            assert ended.code == 0, ended.err
+    alone, together = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("out1", "out2")
+    )
+    assert alone == together
+
+
+def test_an_imported_run_keeps_no_password(tmp_path):
+    base = base_folder(tmp_path / "base")
+    adapter = pefts_adapter(tmp_path / "adapter", base)
     uri = "mlflow.uri=http://bob:hunter2@host:5000"
     (ended,) = command("import", adapter, tmp_path / "out", f"model.name={base}", "model.dtype=float32", uri)
     assert ended.code == 0, ended.err
