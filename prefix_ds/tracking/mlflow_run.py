@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from prefix_ds.tracking.facts import read_facts
@@ -29,8 +28,8 @@ from prefix_ds.tracking.mlflow_terms import (
     TAG_LENGTH,
     cut,
     dataset_input,
-    is_gone,
     is_refusal,
+    live_run,
     milliseconds,
     plain_key,
 )
@@ -142,19 +141,10 @@ class MlflowRun:
     def _known_run(self) -> Run | None:
         if not self._state.run_id:
             return None
-        found = self._live_run(self._state.run_id)
+        found = live_run(self._client, self._state.run_id)
         if found is None:
             log.warning("MLflow no longer has the run %s: making a new one", self._state.run_id)
         return found
-
-    def _live_run(self, run_id: str) -> Run | None:
-        try:
-            found = self._client.get_run(run_id)
-        except MlflowException as error:
-            if is_gone(error):
-                return None
-            raise
-        return found if found.info.lifecycle_stage == "active" else None
 
     def _run_of_uid(self) -> Run | None:
         """The run that an earlier request made without our hearing of it."""
@@ -227,7 +217,7 @@ class MlflowRun:
         except Exception as error:
             if not is_refusal(error):
                 raise
-            if self._live_run(self.run_id) is None:
+            if live_run(self._client, self.run_id) is None:
                 self._is_open = False  # deleted meanwhile: `open` makes another
                 self._forget()
                 raise

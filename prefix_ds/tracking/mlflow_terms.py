@@ -9,7 +9,9 @@ Knows nothing of runs.
 import logging
 import re
 
-from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from prefix_ds.tracking.facts import DatasetFacts
 from prefix_ds.tracking.masking import masked
@@ -39,6 +41,17 @@ def is_refusal(error: Exception) -> bool:
 def is_gone(error: Exception) -> bool:
     """Whether the server does not know what was asked for."""
     return getattr(error, "error_code", None) in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+
+
+def live_run(client: MlflowClient, run_id: str) -> Run | None:
+    """A run that the server knows and nobody has deleted."""
+    try:
+        found = client.get_run(run_id)
+    except MlflowException as error:
+        if is_gone(error):
+            return None
+        raise
+    return found if found.info.lifecycle_stage == "active" else None
 
 
 def milliseconds(seconds: float) -> int:

@@ -1,10 +1,13 @@
 """Registers a model with MLflow: code that runs it, and the few files it needs.
 
 It is logged to the run that MLflow has of the same run folder, if there is one on that server, else to a run
-of its own. Knows nothing of what the model does.
+of its own. A run is named to MLflow and not resumed, which would write over how and when it ended.
+Knows nothing of what the model does.
 """
 
+import contextlib
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefix_ds import __version__
@@ -28,6 +31,7 @@ def log_model(run: Path, name: str, *, code: Path, files: Path, uri: str | None)
         MLFLOW_HTTP_REQUEST_TIMEOUT="60",
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="1",
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
+        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
     )
     uri = absolute_uri(uri)
     try:
@@ -39,6 +43,7 @@ def log_model(run: Path, name: str, *, code: Path, files: Path, uri: str | None)
 
 def _logged(run: Path, name: str, code: Path, files: Path, uri: str) -> str:
     import mlflow
+    from mlflow.models import Model
 
     from prefix_ds.tracking.mlflow_terms import quiet_mlflow
 
@@ -46,17 +51,35 @@ def _logged(run: Path, name: str, code: Path, files: Path, uri: str) -> str:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     mlflow.set_experiment(read_facts(run).experiment if has_facts(run) else "prefix-ds")
-    state = read_state(run)
-    known = state.run_id if state.uri == masked(uri, uri) and state.run_id else None
-    with mlflow.start_run(run_id=known, run_name=None if known else run.name):
-        info = mlflow.pyfunc.log_model(
+    with _run_of(run, uri) as run_id:
+        info = Model.log(  # what mlflow.pyfunc.log_model does, with a run that is named
+            artifact_path=None,
             name="prefix",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
             python_model=str(code),
             artifacts={"run": str(files)},
             registered_model_name=name,
             pip_requirements=[f"prefix-ds=={__version__}", *map(_requirement, _PACKAGES)],
         )
     return f"models:/{name}/{info.registered_model_version}"
+
+
+@contextlib.contextmanager
+def _run_of(run: Path, uri: str) -> Iterator[str]:
+    """The id of the run that MLflow has of a folder, or of a new one that ends with the block."""
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    from prefix_ds.tracking.mlflow_terms import live_run
+
+    state = read_state(run)
+    is_known = bool(state.run_id) and state.uri == masked(uri, uri)
+    if is_known and live_run(MlflowClient(uri), state.run_id) is not None:
+        yield state.run_id
+        return
+    with mlflow.start_run(run_name=run.name) as made:
+        yield made.info.run_id
 
 
 def _requirement(package: str) -> str:
