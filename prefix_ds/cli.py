@@ -178,8 +178,12 @@ def config() -> None:
 
 @app.command()
 def export(
-    paths: Annotated[
-        list[Path], typer.Argument(help="a run folder and the folder to write", metavar="RUN OUT")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="a run folder and the folder to write; with --mlflow: keys to change instead of OUT",
+            metavar="RUN OUT|[KEY=VALUE]...",
+        ),
     ],
     merge: Annotated[
         bool, typer.Option("--merge", help="several runs of one base: their prefixes side by side")
@@ -192,12 +196,13 @@ def export(
     """Write a run's prefix as a PEFT adapter with a card, or register it as an MLflow model."""
     from prefix_ds.exporting import export_runs, export_to_mlflow
 
+    run, *overrides = words
     if mlflow is None:
-        export_runs(paths, merge=merge)
-    elif len(paths) == 1 and not merge:
-        typer.echo(export_to_mlflow(paths[0], mlflow, uri))
+        export_runs([Path(word) for word in words], merge=merge)
+    elif all("=" in word for word in overrides) and not merge:
+        typer.echo(export_to_mlflow(Path(run), mlflow, uri, overrides))
     else:
-        raise ConfigError("export --mlflow NAME: takes one run folder and nothing else")
+        raise ConfigError("export --mlflow NAME: takes one run folder and KEY=VALUE, and nothing else")
 
 
 @app.command("import")

@@ -5,6 +5,7 @@ Knows nothing of formats.
 
 import importlib.util
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 from prefix_ds.card import Part, card, read_evaluations
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import MlflowKeys, RunConfig
+from prefix_ds.engine.settings import deepspeed_settings, preset_names
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.export import export_prefix
 from prefix_ds.files import telling_disk_errors
@@ -21,6 +23,8 @@ from prefix_ds.run_folder import RunFolder, open_run, write_config
 from prefix_ds.tracking import log_model
 
 log = logging.getLogger(__name__)
+
+ENGINE_FILE = "engine.json"  # the DeepSpeed file of a registered run that names none of our presets
 
 
 def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
@@ -40,39 +44,49 @@ def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
     log.warning("%s", MEANING)
 
 
-def export_to_mlflow(run: Path, name: str, uri: str | None) -> str:
+def export_to_mlflow(run: Path, name: str, uri: str | None, overrides: Sequence[str] = ()) -> str:
     """Registers a run's prefix as a model of MLflow; its address. Raises PrefixError.
 
-    The model is the code that runs it, run.yaml and the prefix; the base stays where run.yaml says it is.
+    The model is the code that runs it, run.yaml (with `overrides`, for where it will run) and the prefix; the
+    base stays where run.yaml says it is.
     """
     configure_logging()
-    part, _ = _part(run)
+    part, _ = _part(run, overrides)
     spec = importlib.util.find_spec("prefix_ds.served")
     assert spec is not None
     assert spec.origin is not None
     with TemporaryDirectory() as place:
-        copy = _slim_copy(run, Path(place))
+        copy = _slim_copy(run, part.config, Path(place))
         return log_model(run, name, code=Path(spec.origin), files=copy, uri=uri or part.config.mlflow.uri)
 
 
-def _part(run: Path) -> tuple[Part, SavedPrefix]:
-    folder, config = open_run(run)
+def _part(run: Path, overrides: Sequence[str] = ()) -> tuple[Part, SavedPrefix]:
+    folder, config = open_run(run, overrides)
     if config.train.method != "prefix":
         raise RunError(f"{run}: train.method is {config.train.method}: there is no prefix, only model/")
     prefix = read_prefix(folder.prefix)
     return Part(config, prefix.facts, prefix.length, read_evaluations(run)), prefix
 
 
-def _slim_copy(run: Path, place: Path) -> Path:
-    """What a run folder needs to be written with: its configuration without secrets, and its prefix."""
-    folder, config = open_run(run)
+def _slim_copy(run: Path, config: RunConfig, place: Path) -> Path:
+    """What a run folder needs to be written with: its configuration without secrets, its prefix, and the
+    DeepSpeed file, if it has one of its own. Raises PrefixError."""
     slim = RunFolder(place / "run")
     slim.prefix.mkdir(parents=True)
     write_config(slim, _found_from_anywhere(config))
-    with telling_disk_errors(slim.prefix):
-        for file in folder.prefix.glob("prefix.*"):
-            (slim.prefix / file.name).write_bytes(file.read_bytes())
+    deepspeed_settings(config, world_size=1)  # else nobody could open it
+    with telling_disk_errors(slim.path):
+        if config.engine.deepspeed not in preset_names():
+            shutil.copyfile(config.engine.deepspeed, slim.path / ENGINE_FILE)
+        for file in RunFolder(run).prefix.glob("prefix.*"):
+            shutil.copyfile(file, slim.prefix / file.name)
     return slim.path
+
+
+def open_slim(path: Path) -> tuple[RunFolder, RunConfig]:
+    """A copy of a run that was registered, wherever it lies now. Raises RunError or ConfigError."""
+    file = path / ENGINE_FILE
+    return open_run(path, [f"engine.deepspeed={file.absolute()}"] if file.exists() else [])
 
 
 def _found_from_anywhere(config: RunConfig) -> RunConfig:

@@ -9,6 +9,7 @@ Knows nothing of where a model is stored.
 """
 
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import mlflow
@@ -16,8 +17,8 @@ import mlflow
 from prefix_ds.config import RunConfig
 from prefix_ds.data.prompts import prompt_of_text
 from prefix_ds.dist import lasting_world
+from prefix_ds.exporting import open_slim
 from prefix_ds.opening import open_trained
-from prefix_ds.run_folder import open_run
 from prefix_ds.writing import write_outputs
 
 
@@ -26,12 +27,17 @@ class ServedPrefix(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Opens base and prefix. Raises PrefixError."""
-        folder, config = open_run(Path(context.artifacts["run"]))
+        folder, config = open_slim(Path(context.artifacts["run"]))
         self.config: RunConfig = config
         self.opened = open_trained(folder, config, lasting_world())
+        self.lock = Lock()
 
     def predict(self, model_input: list[str]) -> list[str]:
-        """What is written for each prompt."""
+        """What is written for each prompt. One call at a time: MLflow's server has several threads."""
+        with self.lock:  # writing changes the model for as long as it lasts
+            return self._written(model_input)
+
+    def _written(self, model_input: list[str]) -> list[str]:
         length = self.config.data.max_length
         prompts = [prompt_of_text(text, self.opened.tokenizer, length) for text in model_input]
         outputs = write_outputs(self.opened, prompts, self.config.generate, lasting_world())
