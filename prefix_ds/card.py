@@ -127,7 +127,7 @@ def _line(text: str | None) -> str:
 
 
 def _score_rows(evaluations: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for found in evaluations:
         place = found.get("of", ""), str(found["split"]), str(found["records"])
         rows += [(*place, name, f"{found[name]:.4f}") for name in ("loss", "perplexity") if name in found]

@@ -70,10 +70,17 @@ def curve(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 - part) ** 2
 
 
-def evaluated(run: Path, name: str, loss: float, scores: Mapping[str, tuple[float, float, float]]) -> None:
-    """An evaluation as `prefix-ds evaluate` writes it."""
+def evaluated(
+    run: Path,
+    name: str,
+    loss: float,
+    scores: Mapping[str, tuple[float, float, float]],
+    data: str = "",
+) -> None:
+    """An evaluation as `prefix-ds evaluate` writes it, on `data` or on what run.yaml names."""
+    split = name.partition(".")[0]
     intervals = {s: dict(zip(("value", "low", "high"), told, strict=True)) for s, told in scores.items()}
-    told = {"split": name.partition(".")[0], "data": "test.jsonl", "records": 630, "targets": 12345}
+    told = {"split": split, "data": data or f"{split}.jsonl", "records": 630, "targets": 12345}
     told |= {"loss": loss, "perplexity": math.exp(loss), "scores": intervals, "signatures": {}}
     told |= {"generate": {}, "without_prefix": name.endswith(".bare"), "seconds": 12.3}
     (run / "evaluate").mkdir(exist_ok=True)

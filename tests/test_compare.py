@@ -208,6 +208,60 @@ def test_data_without_a_digest_go_by_their_names_and_targets(tmp_path: Path) -> 
     assert told == ["training data differ", "validation data differ"]
 
 
+OTHER = {"data": "other.jsonl"}
+
+
+def on_other_data(folder: Path, experiment: str = "compared") -> list[Path]:
+    """Runs that were evaluated on the data of run.yaml, and on others."""
+    scores = {"rougeL": (40.0, 39.0, 41.0)}
+    told = [(40, evaluation_metrics("test", 1.7, scores)), (0, evaluation_metrics("valid.bare", 0.1, {}))]
+    a = made_run(folder, "a", loss=1.5, more=told, experiment=experiment)
+    evaluated(a, "test", 1.7, scores)
+    evaluated(a, "valid.bare", 0.1, {}, **OTHER)
+    scores = {"rougeL": (90.0, 89.0, 91.0)}
+    told = [
+        (40, evaluation_metrics("test", 0.7, scores)),
+        (0, evaluation_metrics("valid.instruction", 2.5, {})),
+    ]
+    b = made_run(folder, "b", "train.lr=1", loss=1.6, more=told, experiment=experiment)
+    evaluated(b, "test", 0.7, scores, **OTHER)
+    evaluated(b, "valid.instruction", 2.5, {})
+    return [a, b]
+
+
+def test_scores_of_different_data_have_a_best_each(tmp_path: Path) -> None:
+    on_other_data(tmp_path)
+    comparison = of_folders(tmp_path, by="rougeL")
+    assert best(comparison) == ["b", "a"]
+    assert [(row.name, row.data) for row in comparison.runs] == [("b", "B"), ("a", "A")]
+    assert "test data differ: A: test.jsonl, 1 run; B: other.jsonl, 1 run" in "".join(comparison.warnings)
+    assert best(of_folders(tmp_path)) == ["a"], "both were validated on the same"
+
+
+def test_a_loss_on_other_data_is_no_validation_loss(tmp_path: Path) -> None:
+    on_other_data(tmp_path)
+    comparison = of_folders(tmp_path)
+    base = row(comparison, "bare base acme/base")
+    assert base.values["valid/loss"].value == 0.1
+    assert "valid_loss" not in base.values
+    instruction = row(comparison, "instruction alone: Say it in short:")
+    assert instruction.values["valid_loss"].value == INSTRUCTION_LOSS
+    assert (
+        "validation data differ: A: valid.jsonl (bbbbbbbb), 2 runs; B: other.jsonl" in comparison.warnings[0]
+    )
+
+
+def test_scores_of_seeds_on_different_data_have_no_mean(tmp_path: Path) -> None:
+    for seed, data in enumerate(("test.jsonl", "other.jsonl")):
+        run = made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}")
+        evaluated(run, "test", 1.0 + seed, {}, data)
+        evaluated(run, "valid", 2.0 + seed, {})
+    found = row(of_folders(tmp_path), "a")
+    assert found.values["valid/loss"].value == 2.5
+    assert "test/loss" not in found.values
+    assert found.notes == ["scores of different data"]
+
+
 # What may be missing or broken
 
 
@@ -367,6 +421,18 @@ def test_folders_and_a_server_give_the_same(server: MlflowServer, tmp_path: Path
     client.update_run(run_id, status="RUNNING")  # so that its summary is made from histories
     for by in (None, "rougeL"):
         assert plain(of_mlflow(server.uri, "same", by)) == plain(of_folders(tmp_path, by=by))
+
+
+def test_a_server_knows_what_an_evaluation_read(server: MlflowServer, tmp_path: Path) -> None:
+    for run in on_other_data(tmp_path, "read"):
+        sync_run(run, server.uri)
+    for by in (None, "rougeL"):
+        assert plain(of_mlflow(server.uri, "read", by)) == plain(of_folders(tmp_path, by=by))
+    run = sorted(tmp_path.iterdir())[0]
+    evaluated(run, "test", 1.7, SCORES, "hub://bob:hunter2@elsewhere")  # again, with other data
+    sync_run(run, server.uri)
+    (warning, *_) = [line for line in of_mlflow(server.uri, "read").warnings if line.startswith("test data")]
+    assert "hub://***@elsewhere" in warning
 
 
 def test_a_prefix_that_mlflow_lost_is_told(server: MlflowServer, tmp_path: Path) -> None:

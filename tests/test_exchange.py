@@ -190,7 +190,12 @@ def test_two_ranks_import_what_one_does(tmp_path):
     adapter = pefts_adapter(tmp_path / "adapter", base_folder(tmp_path / "base"))
     for size in (1, 2):
         for ended in command(
-            "import", adapter, tmp_path / f"out{size}", "model.dtype=float32", size=size, before=writing_nothing
+            "import",
+            adapter,
+            tmp_path / f"out{size}",
+            "model.dtype=float32",
+            size=size,
+            before=writing_nothing,
         ):
             assert ended.code == 0, ended.err
     alone, together = (

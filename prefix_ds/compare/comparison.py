@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from prefix_ds.compare import measures
-from prefix_ds.compare.rows import Row, computed, rows_over_seeds, run_row, untrained_rows
-from prefix_ds.compare.seen import Seen
+from prefix_ds.compare.rows import Row, computed, measured_on, rows_over_seeds, run_row, untrained_rows
+from prefix_ds.compare.seen import DataSet, Seen
 from prefix_ds.errors import RunError
 
 _WIDEST = 7  # measures in a table
+_Letters = Callable[[str, Seen, DataSet | None], str]
 _SPLITS = {"train": "training data", "valid": "validation data", "test": "test data"}
 
 
@@ -69,7 +70,11 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
     if not runs:
         raise RunError(f"{source}: there are no runs")
     letter_of = _letters(runs)
-    rows = [*rows_over_seeds(runs), *untrained_rows(runs, lambda run: letter_of("valid", run))]
+
+    def of_validation(run: Seen) -> str:
+        return letter_of("valid", run, run.data.get("valid"))
+
+    rows = [*rows_over_seeds(runs), *untrained_rows(runs, of_validation)]
     names = [name for row in rows for name in row.values]
     judged = measures.DEFAULT if by is None else measures.named(by, names)
     keys = _differing(runs)
@@ -77,7 +82,8 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
 
     def finished(row: Row) -> Row:
         told = {key: row.members[0].params.get(key, "") for key in keys} if row.is_trained else {}
-        return replace(row, keys=told, data=letter_of(split, row.members[0]))
+        run, kind = _teller(row, judged), "" if row.is_trained else row.kind
+        return replace(row, keys=told, data=letter_of(split, run, measured_on(run, judged, kind)))
 
     return Comparison(
         source,
@@ -115,27 +121,49 @@ def _rank(row: Row, by: str) -> float:
     return value.value if measures.less_is_better(by) else -value.value
 
 
-def _letters(runs: Sequence[Seen]) -> Callable[[str, Seen], str]:
-    """For a split and a run the letter of its data; none where all runs have the same."""
-    found: dict[str, list[tuple[str, ...]]] = {}
-    digested = {
-        split for split in _SPLITS if all(run.data[split].digest for run in runs if split in run.data)
-    }
-    for split in _SPLITS:
-        same = [_identity(split, run, split in digested) for run in runs if split in run.data]
-        found[split] = list(dict.fromkeys(same))
+def _teller(row: Row, judged: str) -> Seen:
+    """The run that a row has its measure from."""
 
-    def letter(split: str, run: Seen) -> str:
-        if len(found.get(split, ())) < 2 or split not in run.data:
+    def has_it(run: Seen) -> bool:
+        return judged in (run.values if row.is_trained else run.untrained.get(row.kind, {}))
+
+    return next(filter(has_it, row.members), row.members[0])
+
+
+def _letters(runs: Sequence[Seen]) -> _Letters:
+    """For a split, a run and data of it, the letter of the data; none where all runs have the same."""
+    read = {split: [(run, data) for run in runs for data in _readings(split, run)] for split in _SPLITS}
+    digested = {split for split in _SPLITS if all(data.digest for _, data in read[split])}
+
+    def identity(split: str, run: Seen, data: DataSet) -> tuple[str, ...]:
+        return _identity(split, run, data, split in digested)
+
+    found = {split: list(dict.fromkeys(identity(split, *pair) for pair in read[split])) for split in _SPLITS}
+
+    def letter(split: str, run: Seen, data: DataSet | None) -> str:
+        if len(found.get(split, ())) < 2 or data is None or identity(split, run, data) not in found[split]:
             return ""
-        return _letter(found[split].index(_identity(split, run, split in digested)))
+        return _letter(found[split].index(identity(split, run, data)))
 
     return letter
 
 
-def _identity(split: str, run: Seen, has_digests: bool) -> tuple[str, ...]:
+def _readings(split: str, run: Seen) -> list[DataSet]:
+    """What numbers of a run were measured on: in training, and by its evaluations."""
+    found = [run.data[split]] if split in run.data and split != "test" else []
+    told = {"": run.values, **dict(sorted(run.untrained.items()))}
+    names = [(name, kind) for kind, values in told.items() for name in values]
+    found += [
+        data
+        for name, kind in names
+        if measures.split_of(name) == split and (data := measured_on(run, name, kind)) is not None
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _identity(split: str, run: Seen, data: DataSet, has_digests: bool) -> tuple[str, ...]:
     """What makes two splits one: their content where all have a digest, else their names; the targets."""
-    data, target = run.data[split], run.params.get("data.target", "")
+    target = run.params.get("data.target", "")
     if split != "train":
         target = run.params.get("data.references", target)
     return data.digest if has_digests else data.source, target
@@ -145,27 +173,26 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else f"{_letter(index // 26 - 1)}{_letter(index % 26)}"
 
 
-def _warnings(
-    runs: Sequence[Seen], letter_of: Callable[[str, Seen], str], measured: Collection[str]
-) -> list[str]:
+def _warnings(runs: Sequence[Seen], letter_of: _Letters, measured: Collection[str]) -> list[str]:
     lines = [_data_line(split, runs, letter_of) for split in _SPLITS if split in measured]
     lines += [f"{run.name}: its result is gone ({run.place})" for run in runs if run.result_is_gone]
     return [line for line in lines if line]
 
 
-def _data_line(split: str, runs: Sequence[Seen], letter_of: Callable[[str, Seen], str]) -> str:
-    groups: dict[str, list[Seen]] = {}
+def _data_line(split: str, runs: Sequence[Seen], letter_of: _Letters) -> str:
+    groups: dict[str, list[DataSet]] = {}
     for run in runs:
-        if letter := letter_of(split, run):
-            groups.setdefault(letter, []).append(run)
-    if not groups:
+        for letter, data in {letter_of(split, run, data): data for data in _readings(split, run)}.items():
+            groups.setdefault(letter, []).append(data)
+    if len(groups) < 2:
         return ""
-    parts = [f"{letter}: {_told_data(split, group)}" for letter, group in groups.items()]
+    parts = [f"{letter}: {_told_data(group)}" for letter, group in groups.items()]
     end = "" if split == "train" else "; numbers of one letter can be compared"
     return f"{_SPLITS[split]} differ: {'; '.join(parts)}{end}"
 
 
-def _told_data(split: str, group: Sequence[Seen]) -> str:
-    data, count = group[0].data[split], len(group)
+def _told_data(group: Sequence[DataSet]) -> str:
+    """`group`: one of each run."""
+    data, count = group[0], len(group)
     digest = f" ({data.digest[:8]})" if data.digest else ""
     return f"{data.source}{digest}, {count} {'run' if count == 1 else 'runs'}"

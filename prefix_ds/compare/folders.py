@@ -80,7 +80,6 @@ def _seen(run: Path) -> Seen:
     found, size = read_evaluations(run), result_bytes(run)
     numbers = summary(histories_of(read_metrics(run)), size)
     data = data_of(facts.params, facts.datasets)
-    data |= {split: DataSet(source) for split, source in found.sources.items() if not _is_noted(split, data)}
     return Seen(
         facts.name,
         str(run),
@@ -89,6 +88,7 @@ def _seen(run: Path) -> Seen:
         data,
         {name: Value(number) for name, number in numbers.items()} | found.trained,
         found.untrained,
+        found.data(data),
         result_is_gone=size is None and "valid_loss" in numbers,
     )
 
@@ -98,8 +98,3 @@ def _facts_of_config(run: Path) -> Facts:
     params = flattened(without_secrets(config.model_dump(mode="json")))
     name = config.mlflow.name or run.resolve().name
     return Facts(config.mlflow.experiment, name, params, {}, status="FINISHED")
-
-
-def _is_noted(split: str, data: dict[str, DataSet]) -> bool:
-    """Whether training read it; another file evaluated later is what `data.test` means then."""
-    return split in data and bool(data[split].digest)

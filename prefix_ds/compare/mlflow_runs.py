@@ -73,14 +73,15 @@ def _told_summary(run: "ToldRun") -> dict[str, float]:
 
 
 def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
-    found = told_evaluations(run.metrics)
+    found, data = told_evaluations(run.metrics, run.tags), data_of(run.params, run.datasets)
     return Seen(
         run.name,
         run.run_id,
         run.status,
         run.params,
-        data_of(run.params, run.datasets),
+        data,
         {name: Value(number) for name, number in numbers.items()} | found.trained,
         found.untrained,
+        found.data(data),
         result_is_gone=_lost_before(run),
     )

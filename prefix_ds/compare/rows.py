@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prefix_ds.compare.measures import is_score
-from prefix_ds.compare.seen import Seen, Value, Values
+from prefix_ds.compare.measures import DEFAULT, is_score, split_of
+from prefix_ds.compare.seen import DataSet, Seen, Value, Values
 
 SEED = "train.seed"
 _LABELS = {SEED, "run.folder"}  # and all of mlflow: they name a run and change nothing that is computed
@@ -53,13 +53,26 @@ class Row:
             return []
         words = [word for run in self.members for word in _notes_of(run)]
         counted = [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
-        return counted + self._partly_scored()
+        return counted + self._partly_scored() + self._scored_apart()
 
     def _partly_scored(self) -> list[str]:
         """A word where scores are not those of all its runs."""
         counts = [value.count for name, value in self.values.items() if is_score(name)]
         size = len(self.members)
         return [f"scores of {min(counts)} of {size}"] if counts and min(counts) < size else []
+
+    def _scored_apart(self) -> list[str]:
+        """A word where its runs have scores of different data, which have no mean."""
+        scores = {name for run in self.members for name in run.values if is_score(name)}
+        return ["scores of different data"] if scores - self.values.keys() else []
+
+
+def measured_on(run: Seen, measure: str, kind: str = "") -> DataSet | None:
+    """The data behind a measure of a run, or of a `kind` without training; None: there are none, or nobody
+    knows. An evaluation may have read others than training has."""
+    split = split_of(measure)
+    read = run.evaluated.get((split, kind)) if is_score(measure) else None
+    return read or run.data.get(split)
 
 
 def run_row(run: Seen) -> Row:
@@ -95,9 +108,15 @@ def untrained_rows(runs: Sequence[Seen], data: Callable[[Seen], str]) -> list[Ro
 def _row_of(group: Sequence[Seen]) -> Row:
     if len(group) == 1:
         return run_row(group[0])
-    names = dict.fromkeys(name for run in group for name in run.values)
+    names = [name for name in dict.fromkeys(n for run in group for n in run.values) if _is_one(name, group)]
     values = {name: _over([run.values[name] for run in group if name in run.values]) for name in names}
     return Row(_common_name([run.name for run in group]), "seeds", tuple(group), values)
+
+
+def _is_one(measure: str, group: Sequence[Seen]) -> bool:
+    """Whether scores of some runs are of the same data, and have a mean."""
+    read = {measured_on(run, measure) for run in group if measure in run.values}
+    return not is_score(measure) or len(read) == 1
 
 
 def _over(values: Sequence[Value]) -> Value:
@@ -124,9 +143,10 @@ def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
     kind = "instruction" if is_text else "base" if method == "full" else ""
     if first is not None and kind:
         found.setdefault(kind, {})["valid_loss"] = first
-    for values in found.values():
-        if "valid/loss" in values:  # evaluated on the same split: the same number
-            values.setdefault("valid_loss", values["valid/loss"])
+    for way, values in found.items():
+        is_same = measured_on(run, "valid/loss", way) == run.data.get("valid")
+        if "valid/loss" in values and is_same:  # evaluated on the data of training: the same number
+            values.setdefault(DEFAULT, values["valid/loss"])
     return found
 
 

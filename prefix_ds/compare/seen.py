@@ -19,6 +19,7 @@ class Value:
 
 
 Values = Mapping[str, Value]  # by measure (see `measures`)
+Reading = tuple[str, str]  # of an evaluation: its split, and "" (trained), "base" or "instruction"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Seen:
     place: str  # its folder, or its id in MLflow
     status: str  # in MLflow's words; RUNNING while nobody said how it ended
     params: Mapping[str, str]  # every key of run.yaml that has a value, as text
-    data: Mapping[str, DataSet]  # by split
+    data: Mapping[str, DataSet]  # by split, as training has them
     values: Values
     untrained: Mapping[str, Values] = field(default_factory=dict)
+    evaluated: Mapping[Reading, DataSet] = field(default_factory=dict)  # what evaluations read
     result_is_gone: bool = False

@@ -1,6 +1,7 @@
 """Where numbers go: JSON lines, MLflow, a progress bar."""
 
 from prefix_ds.tracking.afterwards import add_metrics
+from prefix_ds.tracking.evaluated import source_text, tagged_data
 from prefix_ds.tracking.facts import (
     DatasetFacts,
     Facts,
@@ -49,7 +50,9 @@ __all__ = [
     "read_facts",
     "read_metrics",
     "result_bytes",
+    "source_text",
     "summary",
     "sync_run",
+    "tagged_data",
     "without_secrets",
 ]

@@ -12,12 +12,13 @@ Knows nothing of processes or retries.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
+from prefix_ds.tracking.evaluated import data_tags
 from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import FILE as METRICS_FILE
@@ -100,7 +101,9 @@ class MlflowRun:
             yield len(records)
 
     def send_summary(self) -> None:
-        """Sends what the run came to, so that MLflow's table of runs can be sorted by it."""
+        """Sends what the run came to, so that MLflow's table of runs can be sorted by it; and of its
+        evaluations, what they read."""
+        self._tell_tags(data_tags(self._folder))
         records = read_metrics(self._folder)
         if not records:
             return
@@ -178,15 +181,15 @@ class MlflowRun:
         wanted = {plain_key(name): cut(value, PARAMETER_LENGTH) for name, value in self._facts.params.items()}
         new = [Param(name, value) for name, value in wanted.items() if name not in told]
         changed = {f"now.{name}": v for name, v in wanted.items() if name in told and told[name] != v}
-        tags = {
-            plain_key(name): cut(value, TAG_LENGTH) for name, value in (self._facts.tags | changed).items()
-        }
         self._tell("parameters", params=new)
-        self._tell("tags", tags=[RunTag(name, value) for name, value in tags.items()])
+        self._tell_tags(self._facts.tags | changed)
         if self._facts.datasets and not found.inputs.dataset_inputs:
             self._tell("data sets", datasets=[dataset_input(d) for d in self._facts.datasets])
         if found.info.status != "RUNNING":  # it goes on
             self._client.update_run(self.run_id, status="RUNNING")
+
+    def _tell_tags(self, tags: Mapping[str, str]) -> None:
+        self._tell("tags", tags=[RunTag(plain_key(n), cut(value, TAG_LENGTH)) for n, value in tags.items()])
 
     def _tell(
         self, what: str, datasets: Sequence[DatasetInput] = (), **batch: Sequence[Param | RunTag]

@@ -1,0 +1,46 @@
+"""What each evaluation of a run read, as tags of the run's counterpart in MLflow.
+
+    evaluate.test.data           the trained run
+    evaluate.test.bare.data      the base with nothing in front
+
+`prefix-ds evaluate` may be told another file than run.yaml has; `RUN/evaluate/NAME.json` says which it was.
+
+Knows nothing of MLflow or of scores.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefix_ds.tracking.masking import masked
+
+_FOLDER, _HEAD, _TAIL = "evaluate", "evaluate.", ".data"
+
+
+def data_tags(run: Path) -> dict[str, str]:
+    """The tags of a run folder; none of an evaluation that cannot be read."""
+    found = {path.name.removesuffix(".json"): _source(path) for path in (run / _FOLDER).glob("*.json")}
+    return {f"{_HEAD}{name}{_TAIL}": source for name, source in found.items() if source}
+
+
+def tagged_data(tags: Mapping[str, str]) -> dict[str, str]:
+    """The data by evaluation (test, test.bare), from a run's tags."""
+    return {
+        name.removeprefix(_HEAD).removesuffix(_TAIL): source
+        for name, source in tags.items()
+        if name.startswith(_HEAD) and name.endswith(_TAIL)
+    }
+
+
+def source_text(told: Mapping[str, Any]) -> str:
+    """The data that an evaluation's file names, without secrets; empty if it names none."""
+    data = told.get("data") or ""
+    return masked(data if isinstance(data, str) else json.dumps(data))
+
+
+def _source(path: Path) -> str:
+    try:
+        return source_text(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return ""
