@@ -221,11 +221,16 @@ def import_(
 
 
 @app.command()
-def sync(run: Run) -> None:
+def sync(
+    run: Run,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow's server, with a password if it needs one; none: the run's own")
+    ] = None,
+) -> None:
     """Send to MLflow what it has not got of a run."""
     from prefix_ds.tracking import sync_run
 
-    typer.echo(f"{sync_run(run)} records sent")
+    typer.echo(f"{sync_run(run, uri)} records sent")
 
 
 @app.command()

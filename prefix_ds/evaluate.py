@@ -124,7 +124,19 @@ def _deliver(
     )
     write_evaluation(folder.evaluate, found)
     Console().print(table_of(found))
-    add_metrics(folder.path, _step(folder, config, request), found.metrics(), uri=config.mlflow.uri)
+    add_metrics(
+        folder.path,
+        _step(folder, config, request),
+        found.metrics(),
+        uri=_named_uri(folder, config),
+        is_mirrored=config.mlflow.uri is not None,
+    )
+
+
+def _named_uri(folder: RunFolder, config: RunConfig) -> str | None:
+    """The server that an override names, maybe with the password that run.yaml has not; None: the run's."""
+    _, kept = open_run(folder.path)
+    return config.mlflow.uri if config.mlflow.uri != kept.mlflow.uri else None
 
 
 def _step(folder: RunFolder, config: RunConfig, request: Request) -> int:

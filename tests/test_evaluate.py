@@ -293,6 +293,17 @@ def test_mlflow_has_them_and_may_be_away(run, tmp_path):
     assert found.data.metrics["evaluate/test/chrf/high"] == summary["scores"]["chrf"]["high"]
     assert found.info.status == "FINISHED"
 
+    assert found.data.tags["evaluate.test.data"] == summary["data"]
+
+    other = f"sqlite:///{tmp_path}/other.db"
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "other.db")
+    words = [f"mlflow.uri={other}", "evaluate.scores=[]", "--instruction"]
+    (ended,) = command("evaluate", tmp_path / "run", *words)
+    assert ended.code == 0, ended.err
+    client, name = MlflowClient(other), "evaluate/test.instruction/loss"
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [run for run in runs if name in run.data.metrics], "the server that an override names is told"
+
     state = tmp_path / "run" / "mlflow.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"uri": "http://127.0.0.1:9"}))
     (ended,) = command("evaluate", tmp_path / "run", "evaluate.scores=chrf", "--split", "valid")

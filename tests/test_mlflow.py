@@ -6,14 +6,20 @@ double nothing; no process outlives the trainer by more than its patience; no se
 The servers are real: MLflow's own on loopback, and a socket that accepts and never answers.
 """
 
+import base64
+import contextlib
 import logging
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -21,10 +27,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from prefix_ds.cli import app
 from prefix_ds.errors import RunError
 from prefix_ds.tracking import (
     DatasetFacts,
     Facts,
+    add_metrics,
     flattened,
     open_tracker,
     process_tags,
@@ -400,6 +408,60 @@ def test_a_killed_trainer_is_told_as_failed(server: MlflowServer, run: Path) -> 
     mirror.wait(timeout=10)
     found = only_run(server.uri, run)
     assert (found.info.status, history(server.uri, found)) == ("FAILED", [(7, 0.125)])
+
+
+# A password that no file keeps
+
+
+@contextlib.contextmanager
+def locked(server: MlflowServer) -> Iterator[str]:
+    """The address of a server that lets nobody in without bob's password."""
+    wanted = "Basic " + base64.b64encode(f"bob:{PASSWORD}".encode()).decode()
+
+    class Door(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, text = 401, b"no"
+            if self.headers.get("Authorization") == wanted:
+                asked = urllib.request.Request(server.uri + self.path, body or None, method=self.command)
+                asked.add_header("Content-Type", self.headers.get("Content-Type", "text/plain"))
+                try:
+                    with urllib.request.urlopen(asked) as answer:
+                        status, text = answer.status, answer.read()
+                except urllib.error.HTTPError as error:
+                    status, text = error.code, error.read()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{door.server_port}"
+        door.shutdown()
+
+
+def test_a_password_can_be_given_again(
+    server: MlflowServer, run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded(run, range(3))
+    with locked(server) as address:
+        uri = f"http://bob:{PASSWORD}@{address}"
+        app(["sync", str(run), "--uri", uri], standalone_mode=False)
+        assert "3 records sent" in capsys.readouterr().out
+        add_metrics(run, 3, {"evaluate/test/loss": 1.5}, uri=None, is_mirrored=True)
+        assert "no password is kept: give the server's whole URI" in caplog.text
+        add_metrics(run, 4, {"evaluate/test/loss": 1.25}, uri=uri, is_mirrored=True)
+    found = only_run(server.uri, run)
+    assert history(server.uri, found, "evaluate/test/loss") == [(3, 1.5), (4, 1.25)]
+    kept = [path for path in run.rglob("*") if path.is_file()]
+    assert not [path for path in kept if PASSWORD.encode() in path.read_bytes()]
+    assert PASSWORD not in caplog.text
 
 
 def test_two_processes_never_send_one_run_at_a_time(server: MlflowServer, run: Path) -> None:

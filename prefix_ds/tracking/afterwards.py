@@ -16,16 +16,19 @@ from prefix_ds.tracking.sync import sync_run
 log = logging.getLogger(__name__)
 
 
-def add_metrics(run: Path, step: int, values: Mapping[str, float], *, uri: str | None) -> None:
+def add_metrics(
+    run: Path, step: int, values: Mapping[str, float], *, uri: str | None, is_mirrored: bool
+) -> None:
     """Adds values to a run that has metrics, and to its counterpart in MLflow if there is one.
 
-    Never raises; `uri` None, or a run that MLflow never had: metrics.jsonl only. Rank 0 calls this.
+    Never raises; not `is_mirrored`, or a run that MLflow never had: metrics.jsonl only. `uri` None: the
+    server that the run went to, without a password. Rank 0 calls this.
     """
     if not (run / FILE).exists():
         return
     try:
         append_record(run, step, values)
-        if uri is not None and has_state(run):
-            sync_run(run)
+        if is_mirrored and has_state(run):
+            sync_run(run, uri)
     except (PrefixError, OSError) as error:
         log.warning("MLflow has not got this evaluation: %s; `prefix-ds sync %s` sends it", error, run)

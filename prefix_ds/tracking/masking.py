@@ -42,6 +42,11 @@ def _secrets(uri: str) -> list[str]:
     return sorted((s for s in found if s), key=len, reverse=True)
 
 
+def is_masked(uri: str) -> bool:
+    """Whether a URI had a password before it was written down."""
+    return f"://{_STARS}@" in uri
+
+
 def words_of(error: Exception, uri: str) -> str:
     """What an error says, on one line, without the secrets of `uri`."""
     return " ".join(masked(str(error), uri).split())
