@@ -137,7 +137,9 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="kind of device; none: h100-80gb")] = None,
     memory_gib: Annotated[float | None, typer.Option(help="of a device of your own: GiB of memory")] = None,
     tflops: Annotated[float | None, typer.Option(help="its peak in bfloat16")] = None,
-    link_gbps: Annotated[float | None, typer.Option(help="Gbit/s of its slowest link")] = None,
+    link_gbps: Annotated[
+        float | None, typer.Option(help="Gbit/s of its slowest link; one device needs none")
+    ] = None,
     example_tokens: Annotated[
         int | None, typer.Option(help="mean tokens of an example; none: data.max_length")
     ] = None,
@@ -155,8 +157,9 @@ def plan(
         from prefix_ds.plan import Job, device_named
         from prefix_ds.plan import plan as tell
 
-        device = device_named(gpu, memory_gib, tflops, link_gbps)
-        tell(config, Job(nodes, gpus_per_node, tokens, targets), device, Console(), as_json=as_json)
+        job = Job(nodes, gpus_per_node, tokens, targets)
+        device = device_named(gpu, memory_gib, tflops, link_gbps, is_alone=job.num_devices == 1)
+        tell(config, job, device, Console(), as_json=as_json)
 
 
 @app.command()

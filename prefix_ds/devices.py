@@ -5,6 +5,7 @@ Knows nothing of models; imports no torch.
 
 import difflib
 from dataclasses import dataclass
+from math import inf
 
 from prefix_ds.errors import ConfigError
 
@@ -39,25 +40,38 @@ _DEFAULT = "h100-80gb"
 
 
 def device_named(
-    name: str | None, memory_gib: float | None, tflops: float | None, link_gbps: float | None
+    name: str | None,
+    memory_gib: float | None,
+    tflops: float | None,
+    link_gbps: float | None,
+    *,
+    is_alone: bool = False,
 ) -> Device:
-    """A device of the list, or one of one's own, of which the link is in Gbit/s. Raises ConfigError."""
+    """A device of the list, or one of one's own, of which the link is in Gbit/s. Raises ConfigError.
+
+    One that `is_alone` in its job needs no link.
+    """
     own = {"--memory-gib": memory_gib, "--tflops": tflops, "--link-gbps": link_gbps}
-    missing = [option for option, value in own.items() if value is None]
-    if name is None and len(missing) < len(own):
-        if missing:
-            raise ConfigError(
-                f"{' and '.join(missing)}: missing; a device of your own needs all of {', '.join(own)}"
-            )
-        assert memory_gib is not None
-        assert tflops is not None
-        assert link_gbps is not None
-        rate = link_gbps / 8
-        return Device("your device", memory_gib, tflops, rate, rate, rate, memory_gbs=float("inf"))
-    if len(missing) < len(own):
+    given = {option: value for option, value in own.items() if value is not None}
+    if name is None and given:
+        return _own_device(own, given, is_alone)
+    if given:
         raise ConfigError(f"--gpu: {name}: has its own figures; leave out {', '.join(own)}")
     if (name or _DEFAULT) not in DEVICES:
         near = difflib.get_close_matches(str(name), DEVICES, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--gpu: {name}: expected one of {', '.join(DEVICES)}{meant}")
     return DEVICES[name or _DEFAULT]
+
+
+def _own_device(own: dict[str, float | None], given: dict[str, float], is_alone: bool) -> Device:
+    needed = [option for option in own if not (is_alone and option == "--link-gbps")]
+    if missing := [option for option in needed if option not in given]:
+        raise ConfigError(
+            f"{' and '.join(missing)}: missing; a device of your own needs all of {', '.join(needed)}"
+        )
+    for option, value in given.items():
+        if not 0 < value < inf:
+            raise ConfigError(f"{option}: {value:g}: expected a number above 0")
+    rate = given.get("--link-gbps", inf) / 8
+    return Device("your device", given["--memory-gib"], given["--tflops"], rate, rate, rate, memory_gbs=inf)

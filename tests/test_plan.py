@@ -402,11 +402,47 @@ def test_a_device_of_ones_own(run_file, capsys):
     assert "DOES NOT FIT in 30" in told(capsys, "plan", run_file, *words)
 
 
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_one_device_of_ones_own_needs_no_link(run_file, capsys):
+    words = ["plan", run_file, "--gpus-per-node", 1, "--memory-gib", 30, "--tflops", 100]
+    data = json.loads(told(capsys, *words, "--json"), parse_constant=no_constant)
+    assert data["device"]["node_gbs"] is data["device"]["memory_gbs"] is None
+    assert data["estimates"]["as it is"]["limit"] == "arithmetic"
+    text = told(capsys, *words, "engine.deepspeed=zero3_offload")
+    assert "how fast the link to the host is is not in this plan" in " ".join(text.split())
+
+
+def test_a_base_whose_layers_cannot_be_computed_again(tmp_path, capsys):
+    tiny_config("ctrl").save_pretrained(tmp_path / "ctrl")
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(folder=tmp_path / "ctrl"))
+    data = json.loads(told(capsys, "plan", path, "--json"))
+    assert list(data["estimates"]) == ["as it is"]
+    assert not [way for way in data["ways"] if "model.recompute=true" in way["overrides"]]
+    with pytest.raises(ModelError, match=r"model\.recompute: true, but CTRLLMHeadModel has no layers"):
+        told(capsys, "plan", path, "model.recompute=true")
+
+
+OWN = ["--memory-gib", "30", "--tflops", "100", "--link-gbps", "100"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--gpu", "h100"], "--gpu: h100: expected one of a100-40gb.*did you mean h100-80gb"),
         (["--memory-gib", "30"], "--tflops and --link-gbps: missing"),
+        (
+            ["--memory-gib", "30", "--gpus-per-node", "1"],
+            "--tflops: missing; .* all of --memory-gib, --tflops$",
+        ),
+        *(
+            ([*OWN[:n], wrong, *OWN[n + 1 :]], f"{OWN[n - 1]}: {wrong}: expected a number above 0")
+            for n in (1, 3, 5)
+            for wrong in ("0", "-1", "nan", "inf")
+        ),
         (["--gpu", "h100-80gb", "--tflops", "3"], "--gpu: h100-80gb: has its own figures"),
         (["--nodes", "0"], "--nodes: 0: expected at least 1"),
         (["--targets", "0"], "--targets: 0.0: expected a part of all tokens"),

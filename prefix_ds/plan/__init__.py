@@ -36,9 +36,10 @@ def plan(config: RunConfig, job: Job, device: Device, console: Console, *, as_js
     if config.model.recompute == "auto":
         choice = least_recomputed(config, job, device, estimated)
         config, notes = recomputed(config, choice.again), [choice.line()]
-    other = "true" if config.model.recompute is False else "false"
-    variants: list[tuple[str, ...]] = [(), (f"model.recompute={other}",)]
-    columns = {words: estimated(changed(config, words), job) for words in variants}
+    columns: dict[tuple[str, ...], Estimate] = {(): estimated(config, job)}
+    if columns[()].num_layers:  # that can be computed again
+        other = (f"model.recompute={'true' if config.model.recompute is False else 'false'}",)
+        columns[other] = estimated(changed(config, other), job)
     made = Plan(
         config,
         job,

@@ -7,6 +7,7 @@ with. Knows nothing of how an estimate is made.
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from prefix_ds.config import RunConfig
 from prefix_ds.devices import Device
@@ -30,15 +31,16 @@ class Way:
 
 def ways(config: RunConfig, job: Job, device: Device, estimated: Estimated) -> list[Way]:
     """The run as it is, and what would make it smaller."""
+    least = least_recomputed(config, job, device, estimated)
     return [
         _way(changed(config, overrides), overrides, job, device, estimated)
-        for overrides in _changes(config, least_recomputed(config, job, device, estimated).again)
+        for overrides in _changes(config, least.again, least.plain.num_layers)
     ]
 
 
-def _changes(config: RunConfig, least: bool | int) -> Iterator[tuple[str, ...]]:
+def _changes(config: RunConfig, least: bool | int, num_layers: int) -> Iterator[tuple[str, ...]]:
     yield ()
-    recompute = () if config.model.recompute is True else ("model.recompute=true",)
+    recompute = ("model.recompute=true",) if num_layers and config.model.recompute is not True else ()
     eight = ("model.bits=8",) if config.model.bits == 16 and config.train.method == "prefix" else ()
     offload = ("engine.deepspeed=zero3_offload",) if config.engine.deepspeed == "zero3" else ()
     if recompute:
@@ -106,6 +108,8 @@ def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> It
         )
     if config.engine.nvme_folder:
         yield "how fast the disks are is not in this plan, and they may be slower than all the rest"
+    if found.traffic.copied_bytes and device.host_gbs == inf:
+        yield "how fast the link to the host is is not in this plan: give --link-gbps"
     room = found.seconds["arithmetic"]
     if found.step_seconds > 1.5 * room and not idle > 0:
         yield (

@@ -3,6 +3,7 @@
 Knows nothing of how it was made.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,9 +113,9 @@ def _gib(num_bytes: int) -> str:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """The same as plain values; bytes, seconds and numbers."""
+    """The same as plain values; bytes, seconds and numbers, or None where one is without an end."""
     derived = ("total_bytes", "step_seconds", "limit")
-    return {
+    data = {
         "model": plan.config.model.name,
         "job": asdict(plan.job),
         "device": asdict(plan.device),
@@ -127,3 +128,13 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "ways": [asdict(way) for way in plan.ways],
         "notes": plan.notes,
     }
+    return {name: _finite(part) for name, part in data.items()}
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no infinity: the rate of what a device of one's own does not tell."""
+    if isinstance(tree, dict):
+        return {name: _finite(part) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(part) for part in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
