@@ -1,8 +1,8 @@
 """`prefix-ds check`: says everything that is wrong with a run, and shows what the model will see.
 
-Runs in one process and loads no weights: the base's folder, DeepSpeed's preset and the tokenizer are looked
-at, then every split is tokenised as training would do it, and is in the cache when it does. Problems are
-collected, so that one reading tells all of them.
+Runs in one process and loads no weights: the base's folder, DeepSpeed's preset, the tokenizer and the start
+of the prefix are looked at, then every split is tokenised as training would do it, and is in the cache when
+it does. Problems are collected, so that one reading tells all of them.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import PrefixError
 from prefix_ds.loading import load_tokenizer
+from prefix_ds.plan.starting import check_layers, check_text
 from prefix_ds.suitability import check_base
 
 Answer = TypeVar("Answer")
@@ -55,6 +56,10 @@ def check_run(config: RunConfig, console: Console) -> None:
     problems.of(lambda: source_of("train", config.data))
     has_tokenizer = bool(config.model.tokenizer or config.model.name)
     tokenizer = problems.of(lambda: load_tokenizer(config.model)) if has_tokenizer else None
+    if config.train.method == "prefix":
+        problems.of(lambda: check_layers(config))
+    if config.train.method == "prefix" and tokenizer is not None:
+        problems.of(lambda: check_text(config.prefix, tokenizer))
     if not has_tokenizer:
         console.print("The run will make its own tokenizer; until then lengths are in characters.")
     for split in ("train", "valid", "test"):

@@ -52,6 +52,7 @@ from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
 from prefix_ds.opening import Opened
 from prefix_ds.optim import adamw
 from prefix_ds.plan.fitting import fitted
+from prefix_ds.plan.starting import check_start
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.rows import limits_for
@@ -100,6 +101,7 @@ def train(config: RunConfig) -> Progress:
 def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     folder, settings = together(lambda: _prepared(config, world))
     tokenizer = _tokenizer(config, folder, world)
+    together(lambda: check_start(config, tokenizer))
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
     on_first(world, lambda: _write_settings(folder, trained.base.settings))

@@ -56,6 +56,26 @@ def test_a_wrong_key(refused, override, said):
     assert said in refused(override)
 
 
+def no_base(_rank):
+    import prefix_ds.train as room
+
+    def loaded(*_):
+        raise AssertionError("the base is loaded")
+
+    room.load_base = loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prefix.length=2", "prefix.length: 2: prefix.text alone takes"),
+        ("prefix.layers=[0, 2]", "prefix.layers: 2: the base has attention layers 0 to 1"),
+    ],
+)
+def test_a_prefix_that_cannot_start_is_refused_before_the_base_is_loaded(place, override, said):
+    assert said in refusal("train", place / "run.yaml", override, before=no_base, size=2)
+
+
 def test_a_wrong_key_names_file_and_line(place, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text((place / "run.yaml").read_text().replace("max_steps: 1", "max_stps: 1"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -108,6 +109,15 @@ def test_everything_that_is_wrong_is_told_at_once(run, tmp_path):
     ):
         assert said in found
     assert len(set(lines)) == len(lines)
+
+
+def test_a_prefix_that_could_not_start_is_told(run):
+    text = "prefix.text=Count all of these, one after the other, and say the number:"
+    lines = wrong(run(text, "prefix.length=10", "prefix.layers=[0, 99]"))
+    assert lines[0] == "2 to mend:"
+    assert lines[1] == "  prefix.layers: 99: the base has attention layers 0 to 31"
+    assert re.match(r"  prefix.length: 10: prefix.text alone takes \d+ tokens", lines[2])
+    assert "Nothing is wrong." in checked(run("prefix.layers=[0, -1]", "prefix.length=90"))
 
 
 def test_a_bad_record_deep_in_a_file_is_found_even_without_a_tokenizer(run, tmp_path):

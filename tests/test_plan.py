@@ -21,6 +21,7 @@ from prefix_ds.config import ModelKeys, config_text, parse_config
 from prefix_ds.devices import DEVICES
 from prefix_ds.dist import World, joined_world
 from prefix_ds.errors import ConfigError, ModelError
+from prefix_ds.model import PrefixLM
 from prefix_ds.model.skeleton import skeleton
 from prefix_ds.plan import Job, device_named, estimator, fitting
 from prefix_ds.plan import rehearsal as rehearsing
@@ -29,6 +30,7 @@ from prefix_ds.plan.estimate import Estimate, step_of
 from prefix_ds.plan.fitting import job_of
 from prefix_ds.plan.here import left_in_groups
 from prefix_ds.plan.rehearsal import Shape, between, rehearsed
+from prefix_ds.plan.starting import slots_without_weights
 from tests.planned import (
     CPU,
     Case,
@@ -43,7 +45,7 @@ from tests.planned import (
 from tests.ranks import command, on_ranks
 from tests.resident import MIB
 from tests.test_families import NAMED, NEEDS
-from tests.tiny_models import FAMILIES, tiny_config
+from tests.tiny_models import FAMILIES, tiny, tiny_config
 from tests.workshop import run_config
 
 # What goes a way that depends on numbers, in their own code.
@@ -413,6 +415,12 @@ def test_one_device_of_ones_own_needs_no_link(run_file, capsys):
     assert data["estimates"]["as it is"]["limit"] == "arithmetic"
     text = told(capsys, *words, "engine.deepspeed=zero3_offload")
     assert "how fast the link to the host is is not in this plan" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("family", [*TRIED, "jamba", "gemma4_text", "phi", "opt"])
+def test_places_for_a_prefix_are_told_without_weights(tmp_path, family):
+    tiny_config(family).save_pretrained(tmp_path)
+    assert slots_without_weights(ModelKeys(name=str(tmp_path))) == list(PrefixLM(tiny(family)).slots)
 
 
 def test_a_base_whose_layers_cannot_be_computed_again(tmp_path, capsys):
