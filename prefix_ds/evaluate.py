@@ -17,7 +17,7 @@ from rich.console import Console
 from prefix_ds.checkpoint import read_prefix
 from prefix_ds.config import RunConfig
 from prefix_ds.data.examples import load_examples, source_of
-from prefix_ds.data.prompts import Prompt, read_prompts
+from prefix_ds.data.prompts import Prompt, read_prompts, tell_cut
 from prefix_ds.dist import World, first_here_first, joined_world, on_first, peers_may_die, together
 from prefix_ds.errors import ConfigError
 from prefix_ds.evaluation import Evaluation, Front, RecordLosses, record_losses, table_of, write_evaluation
@@ -54,6 +54,9 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
         tokenizer = together(lambda: _tokenizer(folder, config))
         prompts = first_here_first(world, lambda: _prompts(request.split, config, tokenizer))
         examples = load_examples(request.split, config.data, tokenizer, world)
+        log.info("%s", examples.report.line())
+        if world.is_first:
+            tell_cut(prompts, config.data.max_length)
         opened = _opened(folder, config, request, world)
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_ds.config import RunConfig
-from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts
+from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts, tell_cut
 from prefix_ds.dist import first_here_first, joined_world, on_first, peers_may_die
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.files import write_text_atomically
@@ -36,6 +36,8 @@ def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
     with joined_world() as world, peers_may_die():
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
         prompts = first_here_first(world, lambda: _prompts(config, request, opened.tokenizer))
+        if world.is_first:
+            tell_cut(prompts, config.data.max_length)
         written = write_outputs(opened, prompts, config.generate, world)
         on_first(world, lambda: _deliver(written, request.output_file))
 
@@ -54,7 +56,7 @@ def check_request(config: RunConfig, request: Request) -> None:
 def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:
     data = config.data
     if request.prompt is not None:
-        return [prompt_of_text(request.prompt, tokenizer, data.max_length)]
+        return [prompt_of_text(request.prompt, tokenizer, data.max_length, data.too_long)]
     if request.input_file:
         source = str(request.input_file)
         return read_prompts(source, "--input", data, tokenizer, data.max_length, references=False)

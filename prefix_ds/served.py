@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 
 from prefix_ds.config import RunConfig
-from prefix_ds.data.prompts import prompt_of_text
+from prefix_ds.data.prompts import prompt_of_text, tell_cut
 from prefix_ds.dist import lasting_world
 from prefix_ds.exporting import open_slim
 from prefix_ds.opening import open_trained
@@ -38,8 +38,9 @@ class ServedPrefix(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return self._written(model_input)
 
     def _written(self, model_input: list[str]) -> list[str]:
-        length = self.config.data.max_length
-        prompts = [prompt_of_text(text, self.opened.tokenizer, length) for text in model_input]
+        data, tokenizer = self.config.data, self.opened.tokenizer
+        prompts = [prompt_of_text(text, tokenizer, data.max_length, data.too_long) for text in model_input]
+        tell_cut(prompts, data.max_length)
         outputs = write_outputs(self.opened, prompts, self.config.generate, lasting_world())
         return [written.output for written in outputs]
 

@@ -200,6 +200,19 @@ def test_the_bare_base_writes_what_generate_writes_without_a_prefix(run, evaluat
     assert [row["output"] for row in rows] == [json.loads(line)["output"] for line in lines]
 
 
+def test_prompts_that_lose_their_start_are_counted(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    records = [{"source": "the cat sees the dog under the tree", "goal": "the"}] * 2
+    records.append({"source": "cat", "goal": "the"})
+    words = [f"data.test={write_jsonl(tmp_path / 'in.jsonl', records)}", "evaluate.scores=[]"]
+    (ended,) = command("evaluate", copy, *words, "data.max_length=8")
+    assert ended.code == 0, ended.err
+    assert "2 of 3 prompts have more than 8 tokens and lost their start" in ended.err
+    assert "; 2 prompts cut" in ended.err
+    (ended,) = command("evaluate", copy, *words)
+    assert "lost their start" not in ended.err
+
+
 def test_train_can_be_evaluated_too(evaluated):
     summary, _, _ = evaluated(
         "--split", "train", "evaluate.scores=[]", "data.references={gone}", name="train"

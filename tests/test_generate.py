@@ -124,6 +124,16 @@ def test_one_prompt_goes_to_the_terminal(run, written):
     assert expected[1] == expected[2] == row["output"] + "\n"
 
 
+def test_prompts_that_lose_their_start_are_counted(run):
+    words = ["data.max_length=6", "--prompt", "the cat likes the big red bird under the tree ="]
+    first, other = command("generate", run, *words, size=2)
+    assert first.code == 0, first.err
+    assert "1 of 1 prompts have more than 6 tokens and lost their start" in first.err
+    assert "lost their start" not in other.err
+    line = refusal("generate", run, "data.too_long=error", *words, after_log=True)
+    assert line == "the prompt is longer than 6 tokens, and data.too_long is error"
+
+
 def test_a_run_that_trained_all_weights_writes_with_its_own(run, written, tmp_path):
     words = [f"run.folder={tmp_path}/full", "train.method=full", "train.max_steps=2"]
     (ended,) = command("train", run.parent / "run.yaml", *words)

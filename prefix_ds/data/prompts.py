@@ -6,14 +6,18 @@ too long.
 Knows nothing of how text is generated or scored.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefix_ds.config import DataKeys
-from prefix_ds.data.encode import Encoder, encoder_of
+from prefix_ds.data.encode import Encoder, Policy, encoder_of
 from prefix_ds.data.source import Source, read_records
 from prefix_ds.data.tokenise import templates_of
 from prefix_ds.errors import DataError, is_unicode
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,33 @@ def read_prompts(
         text = prompt.text(record, where)
         wanted = tuple(target.texts(record, where)) if references else ()
         found.append(_prompt(encoder, text, wanted, record, max_tokens))
-        if found[-1].was_cut and data.too_long == "error":
-            raise DataError(
-                f"{where}: the prompt is longer than {max_tokens} tokens, and data.too_long is error"
-            )
+        _refuse_cut(found[-1], max_tokens, data.too_long, f"{where}: ")
     return found
 
 
-def prompt_of_text(text: str, tokenizer: Any, max_tokens: int) -> Prompt:
+def prompt_of_text(text: str, tokenizer: Any, max_tokens: int, too_long: Policy = "cut_prompt") -> Prompt:
     """A prompt that is given as it is, not through a template. Raises DataError."""
     if not is_unicode(text):
         raise DataError(f"{text!r}: not UTF-8")
-    return _prompt(encoder_of(tokenizer), text, (), {}, max_tokens)
+    found = _prompt(encoder_of(tokenizer), text, (), {}, max_tokens)
+    _refuse_cut(found, max_tokens, too_long)
+    return found
+
+
+def tell_cut(prompts: Sequence[Prompt], max_tokens: int) -> None:
+    """A warning, where some of them lost their start. Rank 0 calls this."""
+    if count := sum(prompt.was_cut for prompt in prompts):
+        log.warning(
+            "%d of %d prompts have more than %d tokens and lost their start: raise data.max_length",
+            count,
+            len(prompts),
+            max_tokens,
+        )
+
+
+def _refuse_cut(prompt: Prompt, max_tokens: int, too_long: Policy, where: str = "") -> None:
+    if prompt.was_cut and too_long == "error":
+        raise DataError(f"{where}the prompt is longer than {max_tokens} tokens, and data.too_long is error")
 
 
 def _prompt(
