@@ -185,7 +185,7 @@ def export(
         list[str],
         typer.Argument(
             help="a run folder and the folder to write; with --mlflow: keys to change instead of OUT",
-            metavar="RUN OUT|[KEY=VALUE]...",
+            metavar="RUN OUT|KEY=VALUE",
         ),
     ],
     merge: Annotated[
