@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_ds.checkpoint import PrefixFacts
-from prefix_ds.config import RunConfig
+from prefix_ds.config import DataKeys, RunConfig
 from prefix_ds.errors import RunError
 from prefix_ds.tracking import masked
 
@@ -158,11 +158,27 @@ tokenizer = AutoTokenizer.from_pretrained({tokenizer}{revision if not config.mod
 model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{config.model.dtype}")
 model = PeftModel.from_pretrained(model, adapter).eval()
 
-prompt = {json.dumps(config.data.prompt, ensure_ascii=False)}  # with a record's fields in their places
-ids = tokenizer(prompt, return_tensors="pt")
+{_asking(config.data)}
 output = model.generate(**ids, max_new_tokens={config.generate.max_new_tokens}, do_sample=False)
 text = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
 print(text)
 ```
 
 With prefix-ds: `prefix-ds import THIS_FOLDER RUN`, then `prefix-ds generate RUN --prompt TEXT`.'''
+
+
+def _asking(data: DataKeys) -> str:
+    """Two lines of code that make ids of a prompt."""
+    prompt = json.dumps(data.prompt or "...", ensure_ascii=False)
+    if not data.is_chat:
+        return (
+            f"prompt = {prompt}  # with a record's fields in their places\n"
+            'ids = tokenizer(prompt, return_tensors="pt")'
+        )
+    told = "".join(f", {name}={value!r}" for name, value in data.chat_options.items())
+    return (
+        f'turns = [{{"role": "user", "content": {prompt}}}]  # with a record\'s fields in their places\n'
+        "ids = tokenizer.apply_chat_template(\n"
+        f'    turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"{told}\n'
+        ")"
+    )

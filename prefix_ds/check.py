@@ -55,7 +55,7 @@ def check_run(config: RunConfig, console: Console) -> None:
     problems.of(lambda: check_base(config))
     problems.of(lambda: source_of("train", config.data))
     has_tokenizer = bool(config.model.tokenizer or config.model.name)
-    tokenizer = problems.of(lambda: load_tokenizer(config.model)) if has_tokenizer else None
+    tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data)) if has_tokenizer else None
     if config.train.method == "prefix":
         problems.of(lambda: check_layers(config))
     if config.train.method == "prefix" and tokenizer is not None:
@@ -74,18 +74,17 @@ def check_run(config: RunConfig, console: Console) -> None:
 def _split_view(split: str, config: RunConfig, tokenizer: Any, problems: Problems) -> list[Text]:
     """What there is to show of a split; nothing where it has problems."""
     records = _records(split, config, problems)
+
+    def in_tokens() -> list[Text]:
+        return _in_tokens(tokenise_split(split, config.data, tokenizer), tokenizer)
+
+    if config.data.messages:
+        return (problems.of(in_tokens) if tokenizer is not None and records is not None else None) or []
     templates = _templates(split, config, records, problems)
     if records is None or len(templates) < 2:
         return []
-    prompt, target = templates
-    view = problems.of(
-        lambda: (
-            _in_characters(split, records, prompt, target)
-            if tokenizer is None
-            else _in_tokens(tokenise_split(split, config.data, tokenizer), tokenizer)
-        )
-    )
-    return view or []
+    in_characters = partial(_in_characters, split, records, *templates)
+    return problems.of(in_characters if tokenizer is None else in_tokens) or []
 
 
 def _records(split: str, config: RunConfig, problems: Problems) -> Records | None:

@@ -41,6 +41,9 @@ _PEER_IS_GONE = (
     "likely closed",
     "timed out",
 )
+# oneDNN compiles a product for its shape and keeps a thousand, half a megabyte each; torch a thousand of its
+# own. Documents have so many shapes that keeping fewer is less work too (docs/performance.md).
+_FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "1"}
 _GPUS = "PREFIX_DS_GPUS"  # how many a launcher counts on, on this machine
 
 
@@ -110,6 +113,7 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
     _check_gpus(local_size)
     if not on_gpu:
         torch.set_num_threads(_threads(local_size))
+        set_default_environment(**_FEW_KERNELS)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

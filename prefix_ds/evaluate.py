@@ -77,7 +77,7 @@ def check_request(config: RunConfig, request: Request) -> None:
 def _tokenizer(folder: RunFolder, config: RunConfig) -> Any:
     keys = model_of(folder, config)
     check_folder(keys)
-    return load_tokenizer(keys)
+    return load_tokenizer(keys, config.data)
 
 
 def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:

@@ -56,7 +56,7 @@ def check_request(config: RunConfig, request: Request) -> None:
 def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:
     data = config.data
     if request.prompt is not None:
-        return [prompt_of_text(request.prompt, tokenizer, data.max_length, data.too_long)]
+        return [prompt_of_text(request.prompt, data, tokenizer)]
     if request.input_file:
         source = str(request.input_file)
         return read_prompts(source, "--input", data, tokenizer, data.max_length, references=False)

@@ -43,7 +43,7 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     keys = model_of(folder, config)
     together(lambda: check_folder(keys))
     settings = deepspeed_settings(config, world.size)
-    tokenizer = together(lambda: load_tokenizer(keys))
+    tokenizer = together(lambda: load_tokenizer(keys, config.data))
     base = first_here_first(world, lambda: load_base(keys))  # the others find what it downloaded
     shards = sharded(in_shards(base, settings), settings)
     lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)

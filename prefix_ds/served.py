@@ -39,7 +39,7 @@ class ServedPrefix(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def _written(self, model_input: list[str]) -> list[str]:
         data, tokenizer = self.config.data, self.opened.tokenizer
-        prompts = [prompt_of_text(text, tokenizer, data.max_length, data.too_long) for text in model_input]
+        prompts = [prompt_of_text(text, data, tokenizer) for text in model_input]
         tell_cut(prompts, data.max_length)
         outputs = write_outputs(self.opened, prompts, self.config.generate, lasting_world())
         return [written.output for written in outputs]

@@ -155,7 +155,7 @@ def _splits(config: RunConfig) -> list[str]:
 def _tokenizer(config: RunConfig, folder: RunFolder, world: World) -> Any:
     """The base's tokenizer; a pretraining without one makes its own and keeps it in the run folder."""
     if config.model.name or config.model.tokenizer:
-        return together(lambda: load_tokenizer(config.model))
+        return together(lambda: load_tokenizer(config.model, config.data))
     on_first(world, lambda: _make_tokenizer(config, folder))  # no other rank looks for it before it is there
     return together(lambda: opened_tokenizer(folder.tokenizer))
 

@@ -377,7 +377,7 @@ def test_a_list_in_the_target_makes_one_example_an_entry(tmp_path, tokenizer):
 @pytest.mark.parametrize("behind", [[], ["[SEP]"], ["</s>"]])
 def test_special_tokens_behind_a_prompt_are_left_out(behind):
     tokenizer = make_tokenizer(front=["<s>"], behind=behind, bos_token="<s>", eos_token="</s>")
-    encoder = encoder_of(tokenizer)
+    encoder = encoder_of(tokenizer, None)
     (prompt,) = encoder.prompts(["books </s>"])
     assert tokenizer.decode(prompt) == "<s>books </s>"  # the last one is the user's own text
     assert encoder.targets(["a"])[0][-1] == tokenizer.eos_token_id
@@ -389,8 +389,8 @@ def test_an_empty_prompt_starts_with_bos_or_eos_or_is_refused():
         ({"eos_token": "</s>"}, "</s>"),
     ):
         tokenizer = make_tokenizer(**special)
-        assert tokenizer.convert_ids_to_tokens(encoder_of(tokenizer).prompts([""])[0]) == [start]
-    bare = encoder_of(make_tokenizer())
+        assert tokenizer.convert_ids_to_tokens(encoder_of(tokenizer, None).prompts([""])[0]) == [start]
+    bare = encoder_of(make_tokenizer(), None)
     assert bare.prompts(["a"])[0]
     with pytest.raises(DataError, match="neither a bos nor an eos token"):
         bare.prompts([""])
@@ -401,7 +401,7 @@ def test_an_empty_prompt_starts_with_bos_or_eos_or_is_refused():
 @pytest.mark.parametrize("front", [0, 1])
 def test_cutting_keeps_bos_the_prompts_end_and_the_whole_target(front):
     tokenizer = make_tokenizer(front=["<s>"] * front, bos_token="<s>", eos_token="</s>")
-    encoder = encoder_of(tokenizer)
+    encoder = encoder_of(tokenizer, None)
     prompt, target = encoder.prompts(["abcdefghij"])[0], [7, 8, 9]
     for max_length in range(front + 3, 16):
         if max_length - 3 < 1:
@@ -924,7 +924,7 @@ def test_prompts_are_what_training_put_in_front_of_the_targets(tmp_path, tokeniz
     assert [prompt.ids for prompt in prompts] == trained
     assert [prompt.references for prompt in prompts] == [(f" {record['a']}",) for record in RECORDS]
     assert [prompt.record for prompt in prompts] == RECORDS
-    assert prompt_of_text(prompts[3].text, tokenizer, 96).ids == trained[3]
+    assert prompt_of_text(prompts[3].text, data, tokenizer).ids == trained[3]
 
 
 def test_prompts_need_no_references_and_lose_their_start_when_long(tmp_path, tokenizer):

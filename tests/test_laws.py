@@ -109,7 +109,7 @@ def reference_inputs(config):
     """The global batches of every step, and the keys and values the prefix text starts from."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.data)
     examples = tokenise_split("train", config.data, tokenizer)
     order = Order(len(examples), config.train)
     batches = []
@@ -195,7 +195,7 @@ def look_at_frozen_and_optimizer(config):
     from prefix_ds.train import _trained
 
     with joined_world() as world:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, config.data)
         made = _trained(config, deepspeed_settings(config, world.size), tokenizer, world)
         stream = Stream(
             tokenise_split("train", config.data, tokenizer), limits_for(made.lm, config), config.train, world

@@ -92,7 +92,7 @@ def cost_of_run(config):
     from prefix_ds.train import _trained
 
     with joined_world() as world:
-        words = load_tokenizer(config.model)
+        words = load_tokenizer(config.model, config.data)
         return _trained(config, deepspeed_settings(config, world.size), words, world).cost
 
 
@@ -243,7 +243,7 @@ def reads_of_a_step(config):
     from prefix_ds.train import _trained
 
     with joined_world() as world:
-        words = load_tokenizer(config.model)
+        words = load_tokenizer(config.model, config.data)
         engine = _trained(config, deepspeed_settings(config, world.size), words, world).engine
         stream = Stream(
             tokenise_split("train", config.data, words), limits_for(engine.lm, config), config.train, world

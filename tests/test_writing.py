@@ -329,7 +329,9 @@ def bytes_of_writing(run, settings, way):
         opened = open_trained(
             folder, parse_config(config_text(config), [f"engine.deepspeed={settings}"]), world
         )
-        asked = [prompt_of_text(text, opened.tokenizer, 64) for text in ("the cat =", "a dog sees =")]
+        asked = [
+            prompt_of_text(text, config.data, opened.tokenizer) for text in ("the cat =", "a dog sees =")
+        ]
         with counted_gathers() as gathers:
             write_outputs(opened, asked, GenerateKeys(gather=way, max_new_tokens=8), world)
         return sum(gathers), bytes_to_gather(opened.sharded, world.device)

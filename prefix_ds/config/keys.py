@@ -117,12 +117,24 @@ class DataKeys(Section):
         "{text}", "what it learns to write; a field that holds a list makes one example an entry"
     )
     references: str | None = key(None, "target template of valid and test, where it differs from data.target")
+    chat: bool = key(
+        False, "prompt and target are what a user says and an assistant answers, in the base's chat template"
+    )
+    messages: str | None = key(
+        None, "in place of prompt and target: the field with a chat, the last turn of which is learnt"
+    )
+    chat_options: dict[str, Any] = key({}, "what the chat template is told, as {enable_thinking: false}")
     max_length: int = key(1024, "tokens of prompt and target together, the prefix not counted", ge=2)
     too_long: Literal["cut_prompt", "drop", "split", "error"] = key(
         "cut_prompt", "longer examples: cut the prompt's start, drop, split into pieces (plain text), or stop"
     )
     packing: bool = key(True, "several examples in one row, which do not see each other", free=True)
     workers: int = key(1, "processes that tokenise", ge=1, free=True)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether texts are written in a chat template."""
+        return self.chat or self.messages is not None
 
 
 class TrainKeys(Section):
@@ -274,6 +286,18 @@ class RunConfig(Section):
                 f"train.micro_batch_tokens: {self.train.micro_batch_tokens} is less than data.max_length "
                 f"{self.data.max_length}; one example must fit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _chats_are_whole(self) -> "RunConfig":
+        data = self.data
+        if data.messages is not None and (data.prompt or data.references is not None):
+            key = "data.prompt" if data.prompt else "data.references"
+            raise ValueError(f"{key}: the turns are in data.messages; leave one of the two out")
+        if data.is_chat and (self.train.method == "pretrain" or data.too_long == "split"):
+            raise ValueError("data.chat: is for prompts and answers, not for plain text")
+        if data.chat_options and not data.is_chat:
+            raise ValueError("data.chat_options: needs data.chat: true, or data.messages")
         return self
 
     @model_validator(mode="after")

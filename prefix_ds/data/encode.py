@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
+from prefix_ds.data.chat import Chat
 from prefix_ds.errors import DataError
 
 Policy = Literal["cut_prompt", "drop", "split", "error"]
@@ -45,7 +46,8 @@ class Encoder:
     """A tokenizer, and what it puts around a text."""
 
     tokenizer: Any
-    front: int  # special tokens it puts in front
+    chat: Chat | None  # whose texts have all special tokens in them
+    front: int  # special tokens in front of a text, in a chat all that is before the first turn's content
     behind: int  # and behind
     start: int | None  # what an empty prompt becomes
     eos: int | None
@@ -53,7 +55,7 @@ class Encoder:
 
     def prompts(self, texts: list[str]) -> list[Ids]:
         """Ids of prompts, none of them empty. Raises DataError where an empty one has no start token."""
-        whole = self._ids(texts, special=True)
+        whole = self._ids(texts, special=self.chat is None)
         return [self._started(ids[: len(ids) - self.behind]) for ids in whole]
 
     def targets(self, texts: list[str]) -> list[Ids]:
@@ -117,20 +119,32 @@ class Encoder:
         return _tokenised(self.tokenizer, texts, special)
 
 
-def encoder_of(tokenizer: Any) -> Encoder:
-    """Learns by trying what a tokenizer puts in front of a text and behind it."""
-    (bare,), (whole,) = (_tokenised(tokenizer, ["a"], special) for special in (False, True))
-    extra = len(whole) - len(bare)
-    front = next((n for n in range(extra + 1) if bare and whole[n : n + len(bare)] == bare), extra)
+def encoder_of(tokenizer: Any, chat: Chat | None) -> Encoder:
+    """Learns by trying what a tokenizer puts around a text, or its chat template before a first turn."""
+    front, behind = _around(tokenizer) if chat is None else _around_turns(tokenizer, chat)
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     return Encoder(
         tokenizer=tokenizer,
+        chat=chat,
         front=front,
-        behind=extra - front,
+        behind=behind,
         start=_first(bos, eos),
         eos=eos,
         pad=_first(pad, eos, 0),  # type: ignore[arg-type]  # 0 is there at the end
     )
+
+
+def _around(tokenizer: Any) -> tuple[int, int]:
+    """Special tokens that it puts in front of a text, and behind."""
+    (bare,), (whole,) = (_tokenised(tokenizer, ["a"], special) for special in (False, True))
+    extra = len(whole) - len(bare)
+    front = next((n for n in range(extra + 1) if bare and whole[n : n + len(bare)] == bare), extra)
+    return front, extra - front
+
+
+def _around_turns(tokenizer: Any, chat: Chat) -> tuple[int, int]:
+    """Tokens before the content of a first turn; those behind the last are part of its text."""
+    return len(_tokenised(tokenizer, [chat.opening], special=False)[0]), 0
 
 
 def _first(*ids: int | None) -> int | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from prefix_ds import dist
 from prefix_ds.config import DataKeys
+from prefix_ds.data.chat import chat_of
 from prefix_ds.data.encode import Fate, encoder_of
 from prefix_ds.data.source import Records, Source, read_records
 from prefix_ds.data.tokenise import Recipe, templates_of, tokenised
@@ -85,7 +86,9 @@ def load_examples(split: str, data: DataKeys, tokenizer: Any, world: dist.World)
 def tokenise_split(split: str, data: DataKeys, tokenizer: Any) -> Examples:
     """As `load_examples`, in this process alone and without a collective call."""
     source = source_of(split, data)
-    recipe = Recipe(encoder_of(tokenizer), *templates_of(split, data), data.max_length, data.too_long)
+    chat = chat_of(tokenizer, data)
+    encoder, templates = encoder_of(tokenizer, chat), templates_of(split, data, chat)
+    recipe = Recipe(encoder, *templates, data.max_length, data.too_long)
     records = read_records(source, f"data.{split}")
     for template in (recipe.prompt, recipe.target):
         template.check(records[0], records.place(0))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefix_ds.config import DataKeys
+from prefix_ds.data.chat import chat_of
 from prefix_ds.data.encode import Encoder, Policy, encoder_of
 from prefix_ds.data.source import Source, read_records
 from prefix_ds.data.tokenise import templates_of
@@ -42,9 +43,10 @@ def read_prompts(
     first go first.
     """
     records = read_records(source, key)
-    prompt, target = templates_of("train" if key == "data.train" else "test", data)
+    chat = chat_of(tokenizer, data)
+    prompt, target = templates_of("train" if key == "data.train" else "test", data, chat)
     prompt.check(records[0], records.place(0))
-    encoder = encoder_of(tokenizer)
+    encoder = encoder_of(tokenizer, chat)
     found = []
     for index, record in enumerate(records):
         where = records.place(index)
@@ -55,12 +57,17 @@ def read_prompts(
     return found
 
 
-def prompt_of_text(text: str, tokenizer: Any, max_tokens: int, too_long: Policy = "cut_prompt") -> Prompt:
-    """A prompt that is given as it is, not through a template. Raises DataError."""
+def prompt_of_text(text: str, data: DataKeys, tokenizer: Any) -> Prompt:
+    """A prompt that is given as it is, not through data.prompt; in a chat it is what a user says.
+
+    Raises DataError.
+    """
     if not is_unicode(text):
         raise DataError(f"{text!r}: not UTF-8")
-    found = _prompt(encoder_of(tokenizer), text, (), {}, max_tokens)
-    _refuse_cut(found, max_tokens, too_long)
+    chat = chat_of(tokenizer, data)
+    asked = text if chat is None else chat.asked(text, "the prompt")
+    found = _prompt(encoder_of(tokenizer, chat), asked, (), {}, data.max_length)
+    _refuse_cut(found, data.max_length, data.too_long)
     return found
 
 

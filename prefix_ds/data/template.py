@@ -28,6 +28,11 @@ class Template:
         """The fields it needs, each once."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
 
+    @property
+    def rules(self) -> tuple[Any, ...]:
+        """What its texts depend on, beside the record."""
+        return self.parts
+
     def check(self, known: Collection[str], source: str) -> None:
         """Raises DataError if a record with the `known` fields lacks one; `source` says which record."""
         for field in self.fields:

@@ -16,6 +16,6 @@ def read_texts(data: DataKeys) -> Iterator[str]:
     if not data.train:
         raise ConfigError("data.train: missing; name a file or a hub id")
     records = read_records(data.train, "data.train")
-    _, target = templates_of("train", data)
+    _, target = templates_of("train", data, None)
     for index, record in enumerate(records):
         yield from target.texts(record, records.place(index))

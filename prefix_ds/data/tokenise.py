@@ -14,6 +14,7 @@ from typing import Any
 
 from prefix_ds import dist
 from prefix_ds.config import DataKeys
+from prefix_ds.data import chat as chats
 from prefix_ds.data import encode, template
 from prefix_ds.data.cache import (
     code_fingerprint,
@@ -22,12 +23,15 @@ from prefix_ds.data.cache import (
     telling_cache_errors,
     tokenizer_fingerprint,
 )
+from prefix_ds.data.chat import Chat, Conversation, LastTurn, Question
 from prefix_ds.data.encode import Encoded, Encoder, Ids, Policy
 from prefix_ds.data.source import Records, place
 from prefix_ds.data.template import Template, parse_template
 from prefix_ds.errors import DataError
 
 Columns = dict[str, list[Any]]
+Prompted = Template | Question | Conversation  # what makes a prompt of a record
+Learnt = Template | LastTurn  # and a target
 
 _COLUMNS = {"prompt_length": "int32", "fate": "int8", "record": "int64"}  # and ids, lists of int32
 
@@ -37,15 +41,15 @@ class Recipe:
     """All that the ids of a record depend on."""
 
     encoder: Encoder
-    prompt: Template
-    target: Template
+    prompt: Prompted
+    target: Learnt
     max_length: int
     policy: Policy
 
     def fingerprint(self) -> str:
         """Differs when the ids might."""
-        rules = (self.prompt.parts, self.target.parts, self.max_length, self.policy)
-        code = code_fingerprint(sys.modules[__name__], encode, template)
+        rules = (self.prompt.rules, self.target.rules, self.max_length, self.policy)
+        code = code_fingerprint(sys.modules[__name__], chats, encode, template)
         return fingerprint(rules, tokenizer_fingerprint(self.encoder.tokenizer), code)
 
     def __call__(self, batch: Columns, indices: list[int], names: tuple[str, ...]) -> Columns:
@@ -69,10 +73,13 @@ class Recipe:
             raise DataError(f"{where}: {error}") from None
 
 
-def templates_of(split: str, data: DataKeys) -> tuple[Template, Template]:
-    """The prompt's template and the target's; valid and test may have their own, data.references."""
+def templates_of(split: str, data: DataKeys, chat: Chat | None) -> tuple[Prompted, Learnt]:
+    """What makes a prompt and a target; valid and test may have their own, data.references."""
+    if chat is not None and data.messages:
+        return Conversation(data.messages, chat), LastTurn(data.messages)
     (prompt_key, prompt), (target_key, target) = template_keys(split, data)
-    return parse_template(prompt, prompt_key), parse_template(target, target_key)
+    asked = parse_template(prompt, prompt_key)
+    return asked if chat is None else Question(asked, chat), parse_template(target, target_key)
 
 
 def template_keys(split: str, data: DataKeys) -> tuple[tuple[str, str], tuple[str, str]]:

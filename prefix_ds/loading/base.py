@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefix_ds.config import ModelKeys
+from prefix_ds.config import DataKeys, ModelKeys
+from prefix_ds.data.chat import end_with_turns
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import stored_in_8_bits
 from prefix_ds.loading.complaints import config_errors, library_errors, one_line, place
@@ -31,16 +32,20 @@ log = logging.getLogger(__name__)
 _GAPS = {"missing_keys": "missing tensors", "mismatched_keys": "other shapes", "conversion_errors": "errors"}
 
 
-def load_tokenizer(keys: ModelKeys) -> Any:
-    """The tokenizer of the base, or the one `model.tokenizer` names. Raises ModelError."""
+def load_tokenizer(keys: ModelKeys, data: DataKeys) -> Any:
+    """The tokenizer of the base, or the one `model.tokenizer` names; in a chat its texts end where turns do.
+
+    Raises ModelError, and DataError where it has no chat template and should.
+    """
     from transformers import AutoTokenizer
 
     name = str(keys.tokenizer or keys.name)
     where = place("model.tokenizer" if keys.tokenizer else "model.name", name)
     with library_errors(f"{where}: has no tokenizer that can be loaded (model.tokenizer can name another)"):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             name, revision=keys.revision, trust_remote_code=keys.trust_remote_code
         )
+    return end_with_turns(tokenizer, data)
 
 
 def load_base(keys: ModelKeys) -> nn.Module:

@@ -61,4 +61,4 @@ def prefix_length(config: RunConfig) -> int:
         return 0
     if config.prefix.length is not None:
         return config.prefix.length
-    return len(text_tokens(load_tokenizer(config.model), config.prefix.text or "", None))
+    return len(text_tokens(load_tokenizer(config.model, config.data), config.prefix.text or "", None))

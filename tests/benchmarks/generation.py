@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prefix_ds.config import GenerateKeys, parse_config
+from prefix_ds.config import DataKeys, GenerateKeys, parse_config
 from prefix_ds.data.prompts import prompt_of_text
 from prefix_ds.dist import joined_world, wait_for_all
 from prefix_ds.engine.filling import in_shards
@@ -122,7 +122,7 @@ def opened_base(folder, world):
     shards = sharded(in_shards(load_base(config.model), settings), settings)
     lm = PrefixLM(shards.module, device=world.device)
     table = random_table(lm.slots, PREFIX, 0.02, seed=0)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.data)
     tokenizer.eos_token = None
     return Opened(lm, table, lm.slots, tokenizer, shards)
 
@@ -130,7 +130,10 @@ def opened_base(folder, world):
 def prompts_of(tokenizer, count):
     """Of dialogues."""
     texts = [row["dialogue"] + "\nTL;DR:" for row in rows("dialogsum/test.jsonl")]
-    return [prompt_of_text(text, tokenizer, 256) for text in list(dict.fromkeys(texts))[:count]]
+    return [
+        prompt_of_text(text, DataKeys(max_length=256), tokenizer)
+        for text in list(dict.fromkeys(texts))[:count]
+    ]
 
 
 def by_record(opened, prompts, _way, world):

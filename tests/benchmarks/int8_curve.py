@@ -63,7 +63,7 @@ def answers(path, bits):
         base = sharded(in_shards(load_base(config.model), settings), settings)
         lm = PrefixLM(base.module, device=world.device)
         table_PD = random_table(lm.slots, 16, 0.5, seed=0).requires_grad_()
-        batch = texts(load_tokenizer(config.model))
+        batch = texts(load_tokenizer(config.model, config.data))
         with saving_parameters():
             lm.loss(batch, table_PD, lm.slots).backward()
         with torch.no_grad():

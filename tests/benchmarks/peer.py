@@ -199,7 +199,7 @@ def be_quiet():
 
 def examples_of(config, world):
     """The same for both."""
-    return load_examples("train", config.data, load_tokenizer(config.model), world)
+    return load_examples("train", config.data, load_tokenizer(config.model, config.data), world)
 
 
 def suiting(examples, order):

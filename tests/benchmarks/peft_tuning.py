@@ -44,7 +44,7 @@ def main():
     config = parse_config(Path(file).read_text(), words, file)
     result = Path(result)
     with joined_world() as world:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, config.data)
         examples = {
             name: load_examples(name, config.data, tokenizer, world) for name in ("train", "valid", "test")
         }

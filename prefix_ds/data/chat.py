@@ -1,0 +1,173 @@
+"""A conversation as the base was taught to read one: in its tokenizer's chat template.
+
+With data.chat, data.prompt is what the user says and data.target what the assistant answers; with
+data.messages a field of the record holds a whole conversation, the last turn of which is learnt. Either way
+the prompt is the conversation up to where the answer begins, special tokens included, and the answer ends
+with the token that ends a turn, which is not every tokenizer's end of a text.
+
+The template is a program (Jinja) that comes with the tokenizer; transformers runs it in a sandbox. Knows
+nothing of lengths and files.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from prefix_ds.config import DataKeys
+from prefix_ds.data.template import Template
+from prefix_ds.errors import DataError, is_unicode
+
+Turn = Mapping[str, Any]
+
+_MARK = "(content)"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template, and what it is told (data.chat_options)."""
+
+    tokenizer: Any
+    options: Mapping[str, Any]
+
+    def asked(self, content: str, source: str) -> str:
+        """The text in front of the answer to what a user says. Raises DataError."""
+        return self.written([{"role": "user", "content": content}], source)
+
+    def written(self, turns: Sequence[Turn], source: str, *, is_open: bool = True) -> str:
+        """The turns as one text, and the beginning of an answer. Raises DataError where that cannot be."""
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=is_open, **self.options
+            )
+        except Exception as error:  # Jinja's, the library's, or whatever the template itself raises
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"data.chat: {source}: the chat template cannot write it: {said}") from None
+        return text
+
+    @cached_property
+    def opening(self) -> str:
+        """What stands before the content of a first turn."""
+        return self.asked(_MARK, "a turn").partition(_MARK)[0]
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that ends a turn of the assistant's; None where it is none of the special ones."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        behind = self.written(turns, "two turns", is_open=False).rpartition(_MARK)[2]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        ids = self.tokenizer(behind, add_special_tokens=False).input_ids
+        return next((token for token in ids if token in special), None)
+
+    @property
+    def rules(self) -> tuple[Any, ...]:
+        """What its texts depend on, beside the turns."""
+        return self.tokenizer.chat_template, sorted(self.options.items())
+
+
+def chat_of(tokenizer: Any, data: DataKeys) -> Chat | None:
+    """How a run's records become conversations; None where they are none.
+
+    Raises DataError for a tokenizer that has no chat template.
+    """
+    if not data.is_chat:
+        return None
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("data.chat: the tokenizer has no chat template; take a base that was taught to chat")
+    return Chat(tokenizer, data.chat_options)
+
+
+def end_with_turns(tokenizer: Any, data: DataKeys) -> Any:
+    """The tokenizer, the end token of which is from now on the one that ends a turn. Raises DataError."""
+    chat = chat_of(tokenizer, data)
+    if chat is not None and chat.end_id is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(chat.end_id)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """data.prompt as a user's turn."""
+
+    content: Template
+    chat: Chat
+
+    @property
+    def key(self) -> str:
+        """Where run.yaml has it."""
+        return self.content.key
+
+    def check(self, known: Collection[str], source: str) -> None:
+        """As `Template.check`."""
+        self.content.check(known, source)
+
+    def text(self, record: dict[str, Any], source: str) -> str:
+        """What is read before the answer. Raises DataError."""
+        return self.chat.asked(self.content.text(record, source), source)
+
+    @property
+    def rules(self) -> tuple[Any, ...]:
+        """What its texts depend on, beside the record."""
+        return self.content.rules, self.chat.rules
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """All turns but the last of a field that holds a conversation."""
+
+    field: str
+    chat: Chat
+    key: str = "data.messages"
+
+    def check(self, known: Collection[str], source: str) -> None:
+        """As `Template.check`."""
+        _field(self.field).check(known, source)
+
+    def text(self, record: dict[str, Any], source: str) -> str:
+        """What is read before the last answer. Raises DataError."""
+        return self.chat.written(_turns(record, self.field, source)[:-1], source)
+
+    @property
+    def rules(self) -> tuple[Any, ...]:
+        """What its texts depend on, beside the record."""
+        return self.field, self.chat.rules
+
+
+@dataclass(frozen=True)
+class LastTurn:
+    """The last turn of a field that holds a conversation, which must be the assistant's."""
+
+    field: str
+    key: str = "data.messages"
+
+    def check(self, known: Collection[str], source: str) -> None:
+        """As `Template.check`."""
+        _field(self.field).check(known, source)
+
+    def texts(self, record: dict[str, Any], source: str) -> list[str]:
+        """What is learnt. Raises DataError."""
+        return [_turns(record, self.field, source)[-1]["content"]]
+
+    @property
+    def rules(self) -> tuple[Any, ...]:
+        """What its texts depend on, beside the record."""
+        return (self.field,)
+
+
+def _field(name: str) -> Template:
+    return Template("data.messages", (("", name),))
+
+
+def _turns(record: dict[str, Any], field: str, source: str) -> list[dict[str, Any]]:
+    """Raises DataError for what is no conversation with an answer at its end."""
+    _field(field).check(record, source)
+    turns, where = record[field], f"data.messages: {source}: the field {field!r}"
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise DataError(f"{where}: expected a list of two turns or more")
+    for number, turn in enumerate(turns, start=1):
+        texts = [turn.get(name) for name in ("role", "content")] if isinstance(turn, dict) else [None]
+        if not all(isinstance(text, str) and is_unicode(text) for text in texts):
+            raise DataError(f"{where}: turn {number}: expected an object with texts `role` and `content`")
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the last turn is of {turns[-1]['role']!r}; expected 'assistant', to learn")
+    return turns
