@@ -127,11 +127,11 @@ def _differences(first: Report, this: Report, plan: CrewPlan, run_file: str | No
 
 
 def _find_missing(reports: list[Report], here: dict[str, str | None]) -> None:
-    """Files that a host lacks. What is nowhere may be a hub id, unless the path is absolute."""
+    """Files that a host lacks. What is nowhere may be a hub id, unless it is an absolute path or a glob."""
     answered = [report for report in reports if report.hello]
     for path, found_here in here.items():
         has = {report.name: report.survey["files"][path] is not None for report in answered}
-        if found_here is not None or any(has.values()) or path.startswith(("/", "~")):
+        if found_here is not None or any(has.values()) or path.startswith(("/", "~")) or "*" in path:
             for report in answered:
                 report.findings += [] if has[report.name] else [f"{path}: is not there"]
 

@@ -62,6 +62,7 @@ def test_a_glob_is_what_it_finds(tmp_path, monkeypatch):
     [
         ("/models/base", None, None, None, ["a", "b"]),  # on no host, and no hub id begins so
         ("~/base", None, None, None, ["a", "b"]),
+        ("texts/*.txt", None, None, None, ["a", "b"]),
         ("ORG/NAME", None, None, None, []),  # of the hub
         ("base", "x", None, None, ["a", "b"]),  # where the launcher runs it is a folder
         ("base", None, None, "x", ["a"]),
