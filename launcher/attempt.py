@@ -5,8 +5,7 @@ all are ended. Knows nothing of restarts.
 """
 
 import asyncio
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 
 from launcher import wire
@@ -14,6 +13,8 @@ from launcher.agent import Agent
 from launcher.command import Team, teams
 from launcher.ends import End
 from launcher.node import SETTLE_SECONDS
+from launcher.survey import is_loopback
+from prefix_ds.errors import LaunchError
 
 NODE_GONE = 255
 _MAX_WAITING = 1000  # messages: an agent that says more is heard later
@@ -27,18 +28,19 @@ class Attempt:
         agents: Sequence[Agent],
         words: Sequence[str],
         master: str | None,
-        show: Callable[[str], None] | None = None,
+        show: Callable[[str], Awaitable[None]],
     ) -> None:
         """`words`: arguments of prefix-ds. `master`: the first host's address; None: where we reached it.
-        `show` gets what the ranks say, with host and rank; None: it goes to the terminal."""
+        `show` gets what the ranks say, with host and rank. Raises LaunchError for an address that is none."""
         first = agents[0].hello
+        _check_master(agents, master)
         sizes = [len(agent.member.host.devices) for agent in agents]
         self._agents, self._words = agents, words
         self._teams: list[Team] = list(teams(sizes, master or first["address"], first["port"]))
         self._running = {
             agent.name: set(team.ranks()) for agent, team in zip(agents, self._teams, strict=True)
         }
-        self._is_alone, self._show = sum(sizes) == 1, show or _say
+        self._is_alone, self._show = sum(sizes) == 1, show
         self._settling: asyncio.Task[None] | None = None
 
     async def run(self) -> list[End]:
@@ -48,7 +50,7 @@ class Attempt:
         await self._start()
         ends: list[End] = []
         while any(self._running.values()):
-            for end in self._heard(*await queue.get()):
+            async for end in self._heard(*await queue.get()):
                 ends.append(end)
                 if end.ends_others and self._settling is None:
                     self._settling = asyncio.ensure_future(self._settle())
@@ -62,11 +64,11 @@ class Attempt:
             mine = replace(team, devices=() if host.has_all else host.devices)
             await agent.send({"team": asdict(mine), "words": list(self._words)})
 
-    def _heard(self, agent: Agent, message: wire.Message) -> Iterator[End]:
+    async def _heard(self, agent: Agent, message: wire.Message) -> AsyncIterator[End]:
         running = self._running[agent.name]
         match message:
             case {"line": [rank, line]}:
-                self._show(line if self._is_alone else f"[{agent.name}:{rank}] {line}")
+                await self._show(line if self._is_alone else f"[{agent.name}:{rank}] {line}")
             case {"end": end}:
                 running.discard(end["rank"])
                 yield End(**end | {"host": agent.name, "tail": tuple(end["tail"])})
@@ -90,6 +92,11 @@ class Attempt:
         await asyncio.gather(*(agent.send(message) for agent in self._agents))
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+def _check_master(agents: Sequence[Agent], master: str | None) -> None:
+    """Debian gives a machine's own name the address 127.0.1.1, at which the others would find themselves."""
+    address = master or agents[0].hello["address"]
+    if len(agents) > 1 and is_loopback(address):
+        raise LaunchError(
+            f"--master: {address}: the other hosts cannot reach {agents[0].name} there; give its address in "
+            "the network between them with --master"
+        )

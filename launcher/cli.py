@@ -3,6 +3,7 @@
 Knows nothing of how anything is done.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +32,9 @@ Overrides = Annotated[
 Env = Annotated[
     list[str] | None, typer.Option("--env", metavar="NAME", help="a variable every rank gets, by name")
 ]
-Restarts = Annotated[int, typer.Option(min=0, help="starts after a rank, a host or the network has died")]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="starts after a rank, a host or the network has died; 1 and 2 end it")
+]
 Grace = Annotated[float, typer.Option(help="for a checkpoint, when the job is stopped")]
 Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; none: a free one")]
 Hostfile = Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")]
@@ -65,9 +68,10 @@ def local(
     """Run on this machine: a process for each GPU."""
     from launcher.here import local_plan
     from launcher.spec import job_spec
-    from launcher.survey import gpus
+    from launcher.survey import usable_gpus
 
-    spec = job_spec(run_file, overrides or [], ranks_per_node=processes or len(gpus()) or 1, port=port)
+    ranks = processes or usable_gpus(os.environ) or 1
+    spec = job_spec(run_file, overrides or [], ranks_per_node=ranks, port=port)
     plan = local_plan(spec, max_restarts=max_restarts, grace_seconds=grace_seconds)
     _show_or_submit(plan, dry_run)
 
@@ -116,6 +120,7 @@ def doctor(
     slots: Slots = 1,
     include: Include = None,
     exclude: Exclude = None,
+    env: Env = None,
     ssh_command: SshCommand = "ssh",
     python: PythonPath = None,
     master: Master = None,
@@ -129,7 +134,7 @@ def doctor(
     from launcher.hosts import chosen_hosts
     from launcher.spec import job_spec
 
-    spec = job_spec(run_file, overrides or [], port=port)
+    spec = job_spec(run_file, overrides or [], variables=env or [], port=port)
     chosen = chosen_hosts(hostfile, hosts, slots, include, exclude)
     plan = ssh_plan(spec, chosen, ssh=ssh_command, python=python, master=master)
     raise typer.Exit(examine(plan, spec.config, Console()))

@@ -18,6 +18,7 @@ class Team:
     master: str  # the first node's name or address, as all nodes reach it
     port: int
     devices: tuple[int, ...] = ()  # numbers of the GPUs to use; none: from the first
+    gpus: int = 0  # that the ranks of this node must find; 0: nothing is known of any
 
     @property
     def is_spread(self) -> bool:
@@ -48,6 +49,8 @@ def rank_environment(team: Team, rank: int) -> dict[str, str]:
         "MASTER_PORT": str(team.port),
         "PYTHONUNBUFFERED": "1",
     }
+    if team.gpus:
+        environment["PREFIX_DS_GPUS"] = str(team.gpus)
     if team.devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, team.devices))
     return environment

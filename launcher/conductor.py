@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from launcher.attempt import Attempt
 from launcher.crew import CrewPlan, Member
 from launcher.ends import End, culprit
 from launcher.survey import differences, digest
-from prefix_ds.errors import EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
+from launcher.terminal import Terminal
+from prefix_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
 
 _ENDED_AT_ONCE = 130  # by a second Ctrl-C, as shells say it
 _PATIENCE_SECONDS = 60.0  # for hosts that were lost to come back, before going on without them
@@ -27,18 +27,26 @@ _SHOWN_LINES = 20
 
 def submit(plan: CrewPlan) -> int:
     """Runs the job; its exit code. Raises LaunchError for what keeps it from starting."""
-    for name in plan.variables:
-        if name not in os.environ:
-            raise LaunchError(f"--env: {name}: is not set here")
+    environment = values_of(plan.variables)
     try:
-        return asyncio.run(_Conductor(plan).run())
+        with Terminal() as terminal:
+            return asyncio.run(_Conductor(plan, environment, terminal).run())
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over: a Ctrl-C more would only hide the code
 
 
+def values_of(names: Sequence[str]) -> dict[str, str]:
+    """Of environment variables. Raises LaunchError for one that is not set."""
+    for name in names:
+        if name not in os.environ:
+            raise LaunchError(f"--env: {name}: is not set here")
+    return {name: os.environ[name] for name in names}
+
+
 class _Conductor:
-    def __init__(self, plan: CrewPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: CrewPlan, environment: dict[str, str], terminal: Terminal) -> None:
+        self._plan, self._environment = plan, environment
+        self._show, self._say = terminal.show, terminal.say
         self._asked = 0  # how often the user has asked for the end
         self._attempt: Attempt | None = None
         self._reaching: asyncio.Task[list[Agent]] | None = None
@@ -62,12 +70,12 @@ class _Conductor:
                 return _ENDED_AT_ONCE
             if last is None:
                 return EXIT_DONE
-            _tell(last)
-            is_final = last.code in (EXIT_USER, EXIT_STOPPED) or restarts == self._plan.max_restarts
+            self._tell(last)
+            is_final = last.code in (EXIT_BUG, EXIT_USER, EXIT_STOPPED) or restarts == self._plan.max_restarts
             if self._asked or is_final:
                 return EXIT_PEER if last.rank is None else last.exit_code
             restarts += 1
-            _say(f"restart {restarts} of {self._plan.max_restarts}, from the latest checkpoint")
+            self._say(f"restart {restarts} of {self._plan.max_restarts}, from the latest checkpoint")
             await asyncio.sleep(_BETWEEN_SECONDS)
 
     def _ask(self) -> None:
@@ -76,7 +84,7 @@ class _Conductor:
         if self._reaching:
             self._reaching.cancel()
         elif self._attempt and self._asked == 1:
-            _say("stopping: every rank writes a checkpoint and ends; once more to end without")
+            self._say("stopping: every rank writes a checkpoint and ends; once more to end without")
             self._soon(self._attempt.stop(self._plan.grace_seconds))
         elif self._attempt:
             self._soon(self._attempt.kill())
@@ -95,7 +103,7 @@ class _Conductor:
             self._reaching = None
         try:
             check_alike(agents, self._plan)
-            self._attempt = Attempt(agents, self._plan.words, self._plan.master)
+            self._attempt = Attempt(agents, self._plan.words, self._plan.master, self._show)
             return culprit(await self._attempt.run())
         finally:
             self._attempt = None
@@ -117,7 +125,7 @@ class _Conductor:
             await _dismiss(agents.values())
             raise
         for error in errors:
-            _say(f"going on without {error}")
+            self._say(f"going on without {error}")
         return [agents[m.host.name] for m in self._plan.members if m.host.name in agents]
 
     async def _reach(self, members: Sequence[Member], agents: dict[str, Agent]) -> list[LaunchError]:
@@ -132,8 +140,18 @@ class _Conductor:
         return [answer for answer in answers if isinstance(answer, LaunchError)]
 
     def _order(self, member: Member) -> dict[str, Any]:
-        environment = {name: os.environ[name] for name in self._plan.variables}
-        return self._plan.order(environment, self._plan.port if member is self._plan.members[0] else None)
+        return self._plan.order(
+            self._environment, self._plan.port if member is self._plan.members[0] else None
+        )
+
+    def _tell(self, last: End) -> None:
+        """The culprit, below all that the others had to say, and its last lines below that."""
+        if last.code == EXIT_USER and last.rank == 0:
+            return  # it has said so itself
+        self._say(last.told())
+        if last.code not in (EXIT_USER, EXIT_STOPPED):
+            for line in last.tail[-_SHOWN_LINES:]:
+                self._say(f"    {line}")
 
 
 async def _dismiss(agents: Any) -> None:
@@ -147,17 +165,3 @@ def check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:
     for agent in agents:
         for line in differences(agent.hello, first.hello, first.name, str(plan.run_file), mine):
             raise LaunchError(f"{agent.name}: {line}")
-
-
-def _tell(last: End) -> None:
-    """The culprit, below all that the others had to say, and its last lines below that."""
-    if last.code == EXIT_USER and last.rank == 0:
-        return  # it has said so itself
-    _say(last.told())
-    if last.code not in (EXIT_USER, EXIT_STOPPED):
-        for line in last.tail[-_SHOWN_LINES:]:
-            _say(f"    {line}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201

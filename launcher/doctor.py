@@ -18,9 +18,10 @@ from rich.table import Table
 
 from launcher.agent import Agent
 from launcher.attempt import Attempt
+from launcher.conductor import values_of
 from launcher.crew import CrewPlan, Member
 from launcher.ends import culprit
-from launcher.survey import differences, digest
+from launcher.survey import differences, digest, files
 from prefix_ds.config import RunConfig
 from prefix_ds.errors import EXIT_DONE, EXIT_USER, LaunchError
 
@@ -46,7 +47,8 @@ def examine(plan: CrewPlan, config: RunConfig, console: Console) -> int:
     console.print(_table(reports))
     if links:
         console.print(
-            f"all-gather {links['all_gather_mbs']:,} MB/s, all-reduce {links['all_reduce_mbs']:,} MB/s"
+            f"{links['device']}: all-gather {links['all_gather_mbs']:,} MB/s, all-reduce"
+            f" {links['all_reduce_mbs']:,} MB/s"
         )
     findings = [f"{report.name}: {line}" for report in reports for line in report.findings]
     for line in findings:
@@ -58,11 +60,16 @@ def examine(plan: CrewPlan, config: RunConfig, console: Console) -> int:
 
 async def _examined(plan: CrewPlan, config: RunConfig) -> tuple[list[Report], dict[str, Any]]:
     reports = [Report(member.host.name, len(member.host.devices)) for member in plan.members]
+    environment, paths = values_of(plan.variables), _paths(config)
     answers = await asyncio.gather(
-        *(_asked(plan, config, member, report) for member, report in zip(plan.members, reports, strict=True))
+        *(
+            _asked(plan, environment, paths, member, report)
+            for member, report in zip(plan.members, reports, strict=True)
+        )
     )
     agents = [agent for agent in answers if agent is not None]
     _compare(reports, plan)
+    _find_missing(reports, files(paths))
     try:
         links = await _links(plan, agents, reports) if len(agents) == len(plan.members) else {}
     finally:
@@ -70,14 +77,16 @@ async def _examined(plan: CrewPlan, config: RunConfig) -> tuple[list[Report], di
     return reports, links
 
 
-async def _asked(plan: CrewPlan, config: RunConfig, member: Member, report: Report) -> Agent | None:
+async def _asked(
+    plan: CrewPlan, environment: dict[str, str], paths: list[str], member: Member, report: Report
+) -> Agent | None:
     """Fills the report; the agent, unless there is none."""
     port = plan.port if member is plan.members[0] else None
-    order = plan.order(environment={}, port=port)
+    order = plan.order(environment, port)
     try:
         agent = await Agent.reached(member, order)
         began = time.time()
-        asked = {"paths": _paths(config), "folder": str(plan.logs.parent)}
+        asked = {"paths": paths, "folder": str(plan.logs.parent)}
         report.survey = await agent.asked({"survey": asked}, "survey")
     except LaunchError as error:
         report.findings.append(str(error).removeprefix(f"{member.host.name}: "))
@@ -88,10 +97,10 @@ async def _asked(plan: CrewPlan, config: RunConfig, member: Member, report: Repo
 
 
 def _paths(config: RunConfig) -> list[str]:
-    """What a run reads. Of a hub id there is no file, on any host."""
+    """What a run reads: files, folders and globs. Of a hub id there is no file, on any host."""
     model, data = config.model, config.data
     named = (model.name, model.tokenizer, data.train, data.valid, data.test)
-    return [str(path) for path in named if path]
+    return [path for item in named if item for path in ([item] if isinstance(item, str) else item)]
 
 
 def _compare(reports: list[Report], plan: CrewPlan) -> None:
@@ -104,9 +113,9 @@ def _compare(reports: list[Report], plan: CrewPlan) -> None:
 def _differences(first: Report, this: Report, plan: CrewPlan, run_file: str | None) -> Iterator[str]:
     yield from differences(this.hello, first.hello, first.name, str(plan.run_file), run_file)
     for path, found in this.survey["files"].items():
-        if found != first.survey["files"][path]:
-            missing = "is not there" if found is None else "has other names or sizes"
-            yield f"{path}: {missing} than on {first.name}" if found else f"{path}: {missing}"
+        expected = first.survey["files"][path]
+        if found and expected and found != expected:
+            yield f"{path}: has other names or sizes than on {first.name}"
     if this.survey["gpus"] and len(this.survey["gpus"]) < this.slots:
         yield f"{len(this.survey['gpus'])} GPUs, but {this.slots} slots"
     if set(this.survey["gpus"]) != set(first.survey["gpus"]):
@@ -117,15 +126,34 @@ def _differences(first: Report, this: Report, plan: CrewPlan, run_file: str | No
         yield f"{this.survey['free_gib']:.1f} GiB free where the run folder is to be"
 
 
+def _find_missing(reports: list[Report], here: dict[str, str | None]) -> None:
+    """Files that a host lacks. What is nowhere may be a hub id, unless it is an absolute path or a glob."""
+    answered = [report for report in reports if report.hello]
+    for path, found_here in here.items():
+        has = {report.name: report.survey["files"][path] is not None for report in answered}
+        if found_here is not None or any(has.values()) or path.startswith(("/", "~")) or "*" in path:
+            for report in answered:
+                report.findings += [] if has[report.name] else [f"{path}: is not there"]
+
+
 async def _links(plan: CrewPlan, agents: list[Agent], reports: list[Report]) -> dict[str, Any]:
     """What the ranks measured; findings where they could not, or where one link is slower than the others."""
     if sum(report.slots for report in reports) == 1:
         return {}
     lines: list[str] = []
-    ends = await Attempt(agents, ["links"], plan.master, lines.append).run()
+
+    async def heard(line: str) -> None:
+        lines.append(line)
+
+    try:
+        ends = await Attempt(agents, ["links"], plan.master, heard).run()
+    except LaunchError as error:
+        reports[0].findings.append(str(error))
+        return {}
     if (last := culprit(ends)) is not None:
         report = next(report for report in reports if report.name == last.host)
-        report.findings.append(f"its ranks do not reach the others: {last.told()}")
+        words = "; ".join([last.told(), *last.tail[-1:]])
+        report.findings.append(f"its ranks could not measure their links: {words}")
         return {}
     told = next(line for line in lines if "all_gather" in line)
     found: dict[str, Any] = json.loads(told[told.index("{") :])
@@ -134,6 +162,8 @@ async def _links(plan: CrewPlan, agents: list[Agent], reports: list[Report]) -> 
     for report in reports:
         report.link_mbs = min(rates[first : first + report.slots]) if first else None
         first += report.slots
+        if found["device"] == "cpu" and report.survey["gpus"]:
+            report.findings.append(f"its ranks ran on CPUs, though it has {len(report.survey['gpus'])} GPUs")
     _find_slow(reports)
     return found
 

@@ -2,7 +2,9 @@
 
 When one rank dies the others lose it in the middle of a step and end too, often before it has finished
 dying. So the first that ended for a reason of its own is the culprit; one that lost a peer, or was ended by
-us, is not. A run that is refused is refused by all ranks, and the first of them says why.
+us, is not. With NCCL it is torch's watchdog that ends those who lost a peer, by SIGABRT: such an end is the
+culprit only beside ends that are no reason. A run that is refused is refused by all ranks, and the first of
+them says why.
 
 Knows nothing of processes.
 """
@@ -11,8 +13,17 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefix_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, printable
+from prefix_ds.errors import (
+    EXIT_BUG,
+    EXIT_DEVICE,
+    EXIT_DONE,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    EXIT_USER,
+    printable,
+)
 
+LIFT = 200
 _BY_SIGNAL = 128  # shells' way to tell a signal in an exit code
 
 
@@ -44,22 +55,28 @@ class End:
 
     def told(self) -> str:
         """One line."""
-        return printable(f"{self.place}: {self.reason or _meaning(self.code)}")
+        return printable(f"{self.place}: {self.reason or _meaning(self.code, self.by_us)}")
 
 
-def _meaning(code: int) -> str:
+def _meaning(code: int, by_us: bool) -> str:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         memory = "; was the machine out of memory?" if code == -signal.SIGKILL else ""
-        return f"killed by {name}{memory}"
+        return f"killed by {name}{' from its agent' if by_us else memory}"
     known = {
         EXIT_DONE: "done",
         EXIT_BUG: "ended with an error",
         EXIT_USER: "the run was refused",
         EXIT_STOPPED: "stopped on request, checkpoint written",
         EXIT_PEER: "another rank was lost",
+        EXIT_DEVICE: "its device broke down",
     }
     return known.get(code, f"ended with exit code {code}")
+
+
+def lifted(code: int) -> int:
+    """With the two that end a job for good above all others, for a scheduler that looks at the highest."""
+    return code + LIFT if code in (EXIT_BUG, EXIT_USER) else code
 
 
 def culprit(ends: Sequence[End]) -> End | None:
@@ -67,6 +84,7 @@ def culprit(ends: Sequence[End]) -> End | None:
     bad = [end for end in ends if end.code != EXIT_DONE and not end.by_us]
     refused = sorted((end for end in bad if end.code == EXIT_USER), key=lambda end: end.rank or 0)
     own = [end for end in bad if end.code not in (EXIT_PEER, EXIT_STOPPED, EXIT_USER)]
+    own.sort(key=lambda end: end.code == -signal.SIGABRT)
     lost = [end for end in bad if end.code == EXIT_PEER]
     killed = [end for end in ends if end.by_us]
     return next(iter([*refused, *own, *lost, *bad, *killed]), None)

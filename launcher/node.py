@@ -20,15 +20,25 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from launcher import survey, wire
 from launcher.command import Team
-from launcher.ends import End, culprit
+from launcher.ends import End, culprit, lifted
 from launcher.ranks import Ranks
-from prefix_ds.errors import EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError, PeerLost, PrefixError
+from prefix_ds.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    EXIT_USER,
+    LaunchError,
+    PeerLost,
+    PrefixError,
+)
 
 SETTLE_SECONDS = 5.0  # after one rank's end, for the others to say why they end
 _ALONE_SECONDS, _SILENT_SECONDS = 8.0, 2.0  # for a checkpoint when the launcher is gone, or the link
@@ -40,21 +50,31 @@ _NUMBERS = ("JOB_COMPLETION_INDEX", "SLURM_NODEID", "PET_NODE_RANK")
 def main() -> None:
     """Ends with what the ranks say."""
     asked = _arguments()
+    code = _exit_code(asked)
+    sys.exit(lifted(code) if asked.lifted else code)
+
+
+def _exit_code(asked: argparse.Namespace) -> int:
     try:
-        sys.exit(asyncio.run(_obey() if asked.ordered else _alone(asked)))
+        return asyncio.run(_obey() if asked.ordered else _alone(asked))
     except PrefixError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_USER)
+        return EXIT_USER
     except PeerLost as lost:
         print(lost, file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_PEER)
+        return EXIT_PEER
+    except Exception:
+        traceback.print_exc()
+        return EXIT_BUG
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launcher.node", description="Starts a node's ranks.")
     parser.add_argument("--ordered", action="store_true", help="do what standard input says")
+    parser.add_argument("--lifted", action="store_true", help="end with 201 for 1, and 202 for 2")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1, help="of each node")
+    parser.add_argument("--gpus", type=int, default=0, help="of each node, if they must be there")
     parser.add_argument("--master", default="127.0.0.1:29500", help="HOST:PORT of the first node")
     parser.add_argument("--node", type=int, help=f"number of this node; none: {' or '.join(_NUMBERS)}")
     parser.add_argument("--grace-seconds", type=float, default=3600, help="for a checkpoint, after SIGTERM")
@@ -67,7 +87,8 @@ async def _alone(asked: argparse.Namespace) -> int:
     """A node whose number the scheduler has given."""
     host, _, port = asked.master.rpartition(":")
     number = _number(asked)
-    team = Team(number * asked.ranks, asked.ranks, asked.nodes * asked.ranks, host, int(port))
+    first, size = number * asked.ranks, asked.nodes * asked.ranks
+    team = Team(first, asked.ranks, size, host, int(port), gpus=asked.gpus)
     ranks = Ranks(team, asked.words, asked.logs, _say_for)
     stopping: list[asyncio.Task[None]] = []
     is_asked = asyncio.Event()
@@ -139,6 +160,12 @@ async def _all_ends(ranks: Ranks, team: Team, environment: Mapping[str, str]) ->
 async def _settle(ranks: Ranks) -> None:
     await asyncio.sleep(SETTLE_SECONDS)
     ranks.kill()
+
+
+def _counting_on_gpus(team: Team, environment: Mapping[str, str]) -> Team:
+    """With those that the driver shows and nobody hides, a rank for each: torch must find them too."""
+    usable = len(team.devices) or survey.usable_gpus(environment)
+    return replace(team, gpus=min(usable, team.num_ranks) if survey.gpus() else 0)
 
 
 def _with_interface(environment: Mapping[str, str], team: Team) -> dict[str, str]:
@@ -240,7 +267,7 @@ class _Obeying:
         async def heard(rank: int, line: str) -> None:
             await queue.put({"line": [rank, line]})
 
-        self._ranks = Ranks(team, words, self._logs, heard)
+        self._ranks = Ranks(_counting_on_gpus(team, self._environment), words, self._logs, heard)
         async for end in self._ranks.run(_with_interface(self._environment, team)):
             await queue.put({"end": asdict(end)})
         await asyncio.wait([asyncio.ensure_future(queue.join())], timeout=1)

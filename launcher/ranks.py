@@ -46,6 +46,7 @@ class Ranks:
         """`words`: the arguments of prefix-ds. `logs`: folder of a file a rank. `heard` gets each line."""
         self._team, self._words, self._logs, self._heard = team, words, logs, heard
         self._ranks: list[_Rank] = []
+        self._is_stopping = False
         self.host = socket.gethostname()
 
     async def run(self, environment: Mapping[str, str]) -> AsyncIterator[End]:
@@ -53,6 +54,8 @@ class Ranks:
         for number in self._team.ranks():
             process = await self._started(number, environment)
             self._ranks.append(_Rank(number, process))
+        if self._is_stopping:  # asked for before all were there to hear it
+            self.signal(signal.SIGTERM)
         ending = [asyncio.ensure_future(self._ended(rank)) for rank in self._ranks]
         for end in asyncio.as_completed(ending):
             yield await end
@@ -63,7 +66,7 @@ class Ranks:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**environment, **rank_environment(self._team, number)},
+            env={**environment, **rank_environment(self._team, number), "PATH": _path(environment)},
             start_new_session=True,
             preexec_fn=_dying_with(os.getpid()),
         )
@@ -100,11 +103,18 @@ class Ranks:
 
     async def stop(self, grace_seconds: float) -> None:
         """Asks every rank to write a checkpoint and end; kills what still lives after the grace."""
+        self._is_stopping = True
         self.signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_seconds
         while self._living() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.kill()
+
+
+def _path(environment: Mapping[str, str]) -> str:
+    """With our Python's folder first: DeepSpeed looks there for ninja, and nobody has activated anything."""
+    folder = Path(sys.executable).parent  # not resolved: it is that of the virtual environment
+    return os.pathsep.join([str(folder), environment.get("PATH", os.defpath)])
 
 
 def _dying_with(parent: int) -> Callable[[], None]:

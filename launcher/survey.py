@@ -3,9 +3,13 @@
 Knows nothing of jobs.
 """
 
+import glob
 import hashlib
+import ipaddress
+import itertools
 import os
 import platform
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -17,6 +21,11 @@ import psutil
 
 from prefix_ds.errors import LaunchError
 
+_DEVICE = re.compile(r"\d+|(GPU|MIG)-.+")  # as CUDA names one
+_OUTSIDE = (
+    "192.0.2.1",
+    "2001:db8::1",
+)  # nobody's, by RFC 5737 and 3849: what is sent there takes the way out
 _PACKAGES = ("torch", "deepspeed", "transformers", "prefix-ds")
 
 
@@ -54,16 +63,20 @@ def differences(
 
 
 def files(paths: list[str]) -> dict[str, str | None]:
-    """For each path a hash of the names and sizes below it; None: there is nothing."""
-    return {path: _names_and_sizes(Path(path)) for path in paths}
+    """For each path or glob a hash of the names and sizes of files there and below; None: there is none."""
+    return {path: _names_and_sizes(Path(path).expanduser()) for path in paths}
 
 
 def _names_and_sizes(path: Path) -> str | None:
-    if not path.exists():
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    if not found:
         return None
-    below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    lines = [f"{p.relative_to(path)} {p.stat().st_size}\n" for p in below]
+    lines = [f"{p.relative_to(top.parent)} {p.stat().st_size}\n" for top in found for p in _files_of(top)]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def free_gib(folder: Path) -> float:
@@ -77,6 +90,14 @@ def gpus() -> list[str]:
     """Their names, as NVIDIA's driver gives them; no library is asked."""
     texts = [path.read_text() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
     return [text.partition("Model:")[2].partition("\n")[0].strip() for text in texts]
+
+
+def usable_gpus(environment: Mapping[str, str]) -> int:
+    """How many a program may use: all, or those that CUDA_VISIBLE_DEVICES names, until one that is none."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return len(gpus())
+    return len(list(itertools.takewhile(_DEVICE.fullmatch, map(str.strip, named.split(",")))))
 
 
 def own_address() -> str:
@@ -96,16 +117,39 @@ def free_port(port: int | None) -> int:
         return int(s.getsockname()[1])
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means every machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower().partition(".")[0] == "localhost"
+
+
 def interface_towards(host: str) -> str | None:
-    """The network interface through which another node is reached; None: it cannot be told."""
+    """The network interface through which other nodes are reached; None: it cannot be told.
+
+    Debian gives a machine's own name the address 127.0.1.1: the way to it says nothing, so it is that to the
+    outside.
+    """
+    mine = _address_towards(host)
+    if mine is not None and is_loopback(mine):
+        mine = next(filter(None, map(_address_towards, _OUTSIDE)), None)
+    return None if mine is None else _interface_with(mine)
+
+
+def _address_towards(host: str) -> str | None:
+    """This machine's own, as the other one would see it."""
     try:
         family, *_, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as s:
             s.connect(address)  # sends nothing
-            mine = s.getsockname()[0]
+            return str(s.getsockname()[0])
     except OSError:
         return None
+
+
+def _interface_with(address: str) -> str | None:
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address.partition("%")[0] == mine for a in addresses):
+        if any(a.address.partition("%")[0] == address for a in addresses):
             return name
     return None

@@ -33,6 +33,7 @@ def _measured(world: World) -> dict[str, object]:
     others = (world.size - 1) / world.size
     return {
         "ranks": world.size,
+        "device": world.device.type,
         "all_gather_mbs": _rate(lambda: group.all_gather_single(whole, mine), whole, others),
         "all_reduce_mbs": _rate(lambda: group.all_reduce(mine), mine, 2 * others),
         "from_first_mbs": [

@@ -1,8 +1,9 @@
 """A real Slurm of two nodes on one machine: a controller here, a slurmd in each of two network namespaces.
 
 Each node has its own address, host name and /etc/hosts; the disk is shared, as it is on a cluster. Everything
-(keys, sockets, state) lies in the folder it is given, so a Slurm of the machine's own is not touched. Needs
-root and Debian's `slurm-wlm` and `munge`.
+(keys, sockets, state) lies in the folder it is given, so a Slurm of the machine's own is not touched.
+Processes are tracked by cgroups, as on most clusters, where this machine lets us make them: then a signal
+reaches a task's first process alone. Needs root and Debian's `slurm-wlm` and `munge`.
 
 Knows nothing of training.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare")
 NODES = ("calm", "wild")
 _BRIDGE, _HERE, _NET = "prefixbr", "10.97.0.1", "10.97.0"
+_FREEZER = Path("/sys/fs/cgroup/freezer")
+PROCTRACK = "cgroup" if os.access(_FREEZER, os.W_OK) else "linuxproc"
 _SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -75,6 +78,9 @@ class Cluster:
     def _take_down(self):
         for node in NODES:
             self.kill_node(node)
+            for folder in sorted(_FREEZER.glob(f"slurm_{node}/**/"), reverse=True):
+                with contextlib.suppress(OSError):  # what has been killed is gone in a moment
+                    folder.rmdir()
         for words in (*(("netns", "del", node) for node in NODES), ("link", "del", _BRIDGE)):
             subprocess.run(["ip", *words], capture_output=True, check=False)
 
@@ -139,7 +145,9 @@ class Cluster:
             for number, node in enumerate(NODES)
         )
         names = {"here": _HERE, "host": os.uname().nodename, "folder": self.folder, "nodes": nodes}
+        names["proctrack"] = PROCTRACK
         self.conf.write_text(_CONF.format(**names))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/zero\n")
 
     def _start(self, *words):
@@ -167,7 +175,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmdPidFile={folder}/%n.pid
 SlurmctldPidFile={folder}/slurmctld.pid
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres

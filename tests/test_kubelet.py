@@ -15,7 +15,7 @@ from launcher.kubernetes.options import KubernetesOptions
 from launcher.kubernetes.plan import plan
 from launcher.spec import job_spec
 from prefix_ds.config import config_text
-from prefix_ds.errors import EXIT_BUG, EXIT_PEER, EXIT_STOPPED, EXIT_USER
+from prefix_ds.errors import EXIT_BUG, EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER
 from tests.kubelet import ROOT, Cluster, action_for, missing, showing_logs
 from tests.ranks import command
 from tests.test_kill import STEPS, trained_bytes
@@ -62,9 +62,11 @@ def test_the_policy_of_the_manifest_says_which_ends_count(tmp_path):
     spec = job_spec(path)
     job = list(yaml.safe_load_all(plan(spec, KubernetesOptions("image")).text()))[-1]["spec"]
     alone = {
-        code: action_for(job, code, False) for code in (EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER, 137)
+        code: action_for(job, code, False)
+        for code in (EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_PEER, EXIT_DEVICE, 134, 137)
     }
-    assert alone == {1: "FailJob", 2: "FailJob", 75: "Ignore", 76: "Count", 137: "Count"}
+    counted = {76: "Count", 77: "Count", 134: "Count", 137: "Count"}
+    assert alone == {1: "FailJob", 2: "FailJob", 75: "Ignore"} | counted
     assert {action_for(job, code, True) for code in (1, 75, 137, 143)} == {"Ignore"}
 
 

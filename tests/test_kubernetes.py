@@ -45,6 +45,9 @@ EVERYTHING = KubernetesOptions(
     gpus_per_node=8,
     memory="512Gi",
     shm="64Gi",
+    resource=(("rdma/hca", "8"),),
+    annotation=(("k8s.v1.cni.cncf.io/networks", "ib-0, ib-1"),),
+    set_env=(("NCCL_DEBUG", "INFO"), ("PRICE", "$(HOME)")),
     node_selector=(("example.com/gpu", "h100"),),
     toleration=(Toleration("nvidia.com/gpu", effect="NoSchedule"), Toleration("team", "llm")),
     runs_claim="runs",
@@ -253,9 +256,28 @@ def test_the_runs_volume_is_where_the_run_folder_lies(run_file, folder, mounted)
     assert {"name": "runs", "mountPath": mounted} in container["volumeMounts"]
 
 
+@pytest.mark.parametrize(("folder", "place"), [("runs/x", "/work"), ("/data/runs/x", "/data/runs")])
+def test_what_comes_from_the_hub_is_kept_on_the_runs_volume(run_file, folder, place):
+    container = the_pod(planned(job_spec(run_file, [f"run.folder={folder}"])))["containers"][0]
+    assert {"name": "HF_HOME", "value": f"{place}/.huggingface"} in container["env"]
+    assert {"name": "runs", "mountPath": place} in container["volumeMounts"]
+
+
+def test_a_pod_cannot_fill_its_nodes_disk(run_file):
+    """A full node evicts with DisruptionTarget, which does not count: it would go on for ever."""
+    resources = the_pod(planned(job_spec(run_file), ephemeral_storage="3Gi"))["containers"][0]["resources"]
+    assert resources["limits"]["ephemeral-storage"] == resources["requests"]["ephemeral-storage"] == "3Gi"
+
+
+def test_ranks_must_find_the_gpus_that_were_asked_for(run_file):
+    words = the_pod(planned(job_spec(run_file, ranks_per_node=8), gpus_per_node=8))["containers"][0]["args"]
+    assert words[words.index("--gpus") + 1] == "8"
+
+
 def test_cpus_ask_for_no_gpu(run_file):
     text = plan(job_spec(run_file, ranks_per_node=4), options(gpus_per_node=0)).text()
     assert "nvidia" not in text
+    assert "--gpus" not in text
     assert the_pod(objects(text))["containers"][0]["args"][3] == "4"
 
 
@@ -376,6 +398,13 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"node_selector": (("a", "c d"),)}, "--node-selector: 'c d'"),
         ({"toleration": (Toleration("a\nb"),)}, "--toleration: 'a\\\\nb'"),
         ({"spread": "a b"}, "--spread: 'a b'"),
+        ({"ephemeral_storage": "8 GB"}, "--ephemeral-storage: '8 GB'"),
+        ({"resource": (("rdma/hca", "some"),)}, "--resource: 'some'"),
+        ({"resource": (("rdma hca", "1"),)}, "--resource: 'rdma hca'"),
+        ({"resource": (("nvidia.com/gpu", "1"),)}, "--resource: nvidia.com/gpu: is asked for already"),
+        ({"annotation": (("a b", ""),)}, "--annotation: 'a b'"),
+        ({"set_env": (("a-b", ""),)}, "--set-env: 'a-b': expected the name"),
+        ({"set_env": (("HF_TOKEN", "x"),)}, "--set-env: HF_TOKEN: its value belongs into a Secret"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused_in_one_line(run_file, changes, line):
@@ -399,6 +428,12 @@ def test_a_run_folder_that_no_volume_can_hold_is_refused(run_file, folder):
 def test_several_nodes_need_a_volume_that_they_share(run_file):
     with pytest.raises(LaunchError, match="--runs-claim: needed with 2 nodes"):
         plan(job_spec(run_file, num_nodes=2), options())
+
+
+def test_a_variable_has_one_value(run_file):
+    spec = job_spec(run_file, variables=["HF_HOME"])
+    with pytest.raises(LaunchError, match="--env: HF_HOME: is set already"):
+        plan(spec, options(env_secret="hub"))
 
 
 def test_values_of_variables_need_a_secret(run_file):
@@ -442,7 +477,8 @@ def kubectl(tmp_path, monkeypatch):
 def test_dry_run_prints_what_is_applied(app, run_file, kubectl):
     words = ["k8s", str(run_file), "train.epochs=3", "--image", IMAGE, "--nodes", "2", "--runs-claim", "runs"]
     words += ["--gpus-per-node", "8", "--mount", "data:/data:ro", "--toleration", "a=b:NoSchedule"]
-    words += ["--node-selector", "c=d", "--kind", "jobset"]
+    words += ["--node-selector", "c=d", "--kind", "jobset", "--resource", "rdma/hca=1"]
+    words += ["--annotation", "a=b=c", "--set-env", "NCCL_DEBUG=INFO", "--set-env", "HF_HOME=/data/hub"]
     printed = CliRunner().invoke(app, [*words, "--dry-run"], catch_exceptions=False)
     assert not (kubectl / "words").exists()
     (kubectl / "apply.says").write_text("jobset created\n")
@@ -451,10 +487,18 @@ def test_dry_run_prints_what_is_applied(app, run_file, kubectl):
     pod = the_pod(objects(printed.output))
     assert pod["tolerations"] == [{"key": "a", "operator": "Equal", "value": "b", "effect": "NoSchedule"}]
     assert pod["nodeSelector"] == {"c": "d"}
+    assert [*found(objects(printed.output), "annotations")] == [{"a": "b=c"}]
+    (container,) = pod["containers"]
+    assert container["resources"]["requests"]["rdma/hca"] == container["resources"]["limits"]["rdma/hca"] == 1
+    given = {each["name"]: each["value"] for each in container["env"]}
+    assert (given["NCCL_DEBUG"], given["HF_HOME"]) == ("INFO", "/data/hub")
     assert pod["volumes"][-1]["persistentVolumeClaim"] == {"claimName": "data", "readOnly": True}
 
 
-@pytest.mark.parametrize("word", ["--mount=data", "--mount=a:b", "--toleration=:x", "--node-selector=a"])
+@pytest.mark.parametrize(
+    "word",
+    ["--mount=data", "--mount=a:b", "--toleration=:x", "--node-selector=a", "--set-env=A", "--resource=a"],
+)
 def test_an_option_that_is_no_option_is_refused(app, run_file, word):
     ended = CliRunner().invoke(app, ["k8s", str(run_file), "--image", IMAGE, word])
     assert isinstance(ended.exception, LaunchError)
@@ -588,6 +632,18 @@ def test_what_kustomize_renders_is_valid_and_restricted(path):
         assert ("ConfigMap", config_map["name"]) in names
     for account in found(manifests, "serviceAccountName"):
         assert ("ServiceAccount", account) in names
+
+
+def test_the_readme_names_every_manifest_with_the_registry_in_it():
+    files = [path for path in K8S.rglob("*.yaml") if "registry.example" in path.read_text()]
+    told = (K8S / "README.md").read_text().partition("sed -i ")[2].partition("```")[0]
+    assert {str(path.relative_to(ROOT)) for path in files} == {
+        word for word in told.split() if "/" in word and word.endswith(".yaml")
+    }
+
+
+def test_the_image_has_what_nccl_loads_for_infiniband():
+    assert "libibverbs1 ibverbs-providers" in (K8S / "Dockerfile").read_text()
 
 
 def test_the_cluster_folder_is_valid():

@@ -1,5 +1,6 @@
 """What is launched, before it is: hosts, plans, who is to blame; and jobs on this machine, for real."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,15 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher import conductor, node, survey
+from launcher import ranks as ranks_module
+from launcher.attempt import Attempt
 from launcher.command import Team, rank_environment, teams
 from launcher.conductor import check_alike
 from launcher.ends import End, culprit
-from launcher.here import ssh_plan
+from launcher.here import local_plan, ssh_plan
 from launcher.hosts import Host, chosen_hosts, hosts_of_file, hosts_of_list
+from launcher.ranks import Ranks
 from launcher.spec import job_spec
 from launcher.survey import digest
 from prefix_ds.config import config_text
-from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER, ConfigError, LaunchError
+from prefix_ds.errors import EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, ConfigError, LaunchError
 from tests.chaos import command_of
 from tests.test_kill import trained_bytes
 from tests.workshop import run_config
@@ -117,6 +122,10 @@ def end(rank, code, **more):
         ([end(0, EXIT_STOPPED), end(1, EXIT_PEER)], 1),
         ([end(0, EXIT_PEER), end(1, EXIT_PEER)], 0),
         ([end(0, -9, by_us=True)], 0),
+        ([end(0, -6), end(1, EXIT_DEVICE)], 1),  # with NCCL, who lost a peer is aborted by torch's watchdog
+        ([end(0, -6), end(1, -9)], 1),
+        ([end(0, EXIT_PEER), end(1, -6)], 1),
+        ([end(0, -9, by_us=True), end(1, -6)], 1),
     ],
 )
 def test_who_is_to_blame(ends, blamed):
@@ -135,6 +144,137 @@ def test_an_end_is_told_in_words():
     assert end(3, -11).told() == "h, rank 3: killed by SIGSEGV"
     assert end(3, -9).exit_code == 137
     assert "another rank was lost" in end(3, EXIT_PEER).told()
+    assert end(3, EXIT_DEVICE).told() == "h, rank 3: its device broke down"
+    assert "memory" in end(3, -9).told()
+    assert end(3, -9, by_us=True).told() == "h, rank 3: killed by SIGKILL from its agent"
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 1), (EXIT_USER, 1), (EXIT_DEVICE, 3), (-6, 3), (-9, 3)])
+def test_what_would_end_the_same_is_not_started_again(run_file, monkeypatch, code, starts):
+    tries = []
+
+    async def tried(self, *, is_first):
+        tries.append(is_first)
+        return end(0, code)
+
+    monkeypatch.setattr(conductor._Conductor, "_tried", tried)
+    monkeypatch.setattr(conductor, "_BETWEEN_SECONDS", 0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert conductor.submit(local_plan(job_spec(run_file), max_restarts=2)) == end(0, code).exit_code
+    assert len(tries) == starts
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        (None, 4),
+        ("", 0),
+        ("0,2", 2),
+        ("1, 3,", 2),
+        ("0,-1,1", 1),
+        ("NoDevFiles", 0),
+        ("GPU-8932f937,MIG-1", 2),
+    ],
+)
+def test_gpus_are_those_that_are_not_hidden(monkeypatch, visible, count):
+    monkeypatch.setattr(survey, "gpus", lambda: ["H100"] * 4)
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert survey.usable_gpus(environment) == count
+
+
+@pytest.mark.parametrize(
+    ("gpus", "team", "visible", "counted"),
+    [
+        (4, Team(0, 2, 2, "a", 7), None, 2),  # a rank for each, and the others are not ours
+        (4, Team(0, 2, 2, "a", 7, (1, 3)), "0", 2),  # ours goes before the host's own
+        (4, Team(0, 1, 1, "a", 7), "", 0),  # hidden: on CPUs, as asked
+        (0, Team(0, 2, 2, "a", 7), "0,1", 0),
+    ],
+)
+def test_ranks_are_told_how_many_gpus_must_be_there(monkeypatch, gpus, team, visible, counted):
+    """`joined_world` refuses what torch cannot use. No GPU is needed to see what it is told."""
+    monkeypatch.setattr(survey, "gpus", lambda: ["H100"] * gpus)
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    told = rank_environment(node._counting_on_gpus(team, environment), 0)
+    assert told.get("PREFIX_DS_GPUS", "0") == str(counted)
+
+
+@pytest.mark.parametrize(("visible", "ranks"), [("0,1,2", "0 to 2"), ("", "'0'")])
+def test_here_there_is_a_rank_for_each_gpu_that_is_visible(run_file, visible, ranks):
+    done = subprocess.run(
+        [*LAUNCH, "local", run_file.name, "--dry-run"],
+        cwd=run_file.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": visible},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"ranks: {ranks}\n" in done.stdout
+
+
+def reached(name, address, num_ranks=1):
+    """An agent on a host that was reached at an address."""
+    member = SimpleNamespace(host=Host(name, tuple(range(num_ranks))))
+    return SimpleNamespace(name=name, member=member, hello={"address": address, "port": 7})
+
+
+@pytest.mark.parametrize(
+    ("address", "master"), [("127.0.1.1", None), ("10.0.0.1", "localhost"), ("::1", None)]
+)
+def test_hosts_cannot_meet_at_a_loopback(address, master):
+    agents = [reached("a", address), reached("b", "10.0.0.2")]
+    with pytest.raises(LaunchError, match=r"--master: .*: the other hosts cannot reach a there"):
+        Attempt(agents, [], master, None)
+    Attempt(agents, [], "10.0.0.1", None)
+    Attempt(agents[:1], [], master, None)
+
+
+def test_the_way_to_the_others_is_never_the_loopback(monkeypatch):
+    """Debian's own name of a machine is 127.0.1.1."""
+    ways = {"node-1": "127.0.1.1", "192.0.2.1": "10.0.0.1", "node-2": "10.0.0.1", "here": "127.0.0.1"}
+    interfaces = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}
+    addresses = {name: [SimpleNamespace(address=address)] for name, address in interfaces.items()}
+    monkeypatch.setattr(survey, "_address_towards", ways.get)
+    monkeypatch.setattr(survey.psutil, "net_if_addrs", lambda: addresses)
+    assert [survey.interface_towards(name) for name in ("node-1", "node-2", "here", "x")] == ["eth0"] * 3 + [
+        None
+    ]
+    del ways["192.0.2.1"]
+    assert survey.interface_towards("node-1") is None
+
+
+def ranks_that(monkeypatch, program, count=1):
+    """Ranks that run a line of bash, with the lines they say and the ends they have."""
+    said = []
+
+    async def heard(rank, line):
+        said.append(line)
+
+    monkeypatch.setattr(ranks_module, "rank_command", lambda words: ["bash", "-c", program])
+    return Ranks(Team(0, count, count, "a", 7), [], None, heard), said
+
+
+def test_ranks_find_what_lies_beside_their_python(monkeypatch):
+    """DeepSpeed looks for ninja, which a virtual environment holds that nobody has activated."""
+    ranks, said = ranks_that(monkeypatch, 'echo "$PATH"')
+
+    async def run():
+        return [end async for end in ranks.run({"PATH": "/usr/bin:/bin"})]
+
+    assert [end.code for end in asyncio.run(run())] == [0]
+    assert said == [f"{Path(sys.executable).parent}:/usr/bin:/bin"]
+
+
+def test_a_stop_while_ranks_are_being_started_reaches_all(monkeypatch):
+    ranks, _ = ranks_that(monkeypatch, "exec sleep 30", count=3)
+
+    async def run():
+        stopping = asyncio.ensure_future(ranks.stop(20))  # it looks for ranks before there are any
+        ends = [end async for end in ranks.run(os.environ)]
+        await stopping
+        return ends
+
+    assert [end.code for end in asyncio.run(run())] == [-signal.SIGTERM] * 3
 
 
 def test_a_plan_for_hosts_as_it_is_printed(run_file, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.ends import lifted
 from launcher.slurm import backend
 from launcher.slurm.options import Resources, SlurmOptions, seconds_of
 from launcher.slurm.script import job_name, plan
@@ -59,6 +60,7 @@ PLANS = {
             ask=Resources("4:00:00", "gpu", "me", "high", "a100&ib", 8, 64, "200G"),
             setup=("module load cuda",),
             sbatch=("--reservation=our week",),
+            srun=("--container-image=/images/our image.sqsh",),
         ),
     ),
     "allocated": plan(replace(SPEC, num_nodes=2, port=29500), replace(HERE, allocated=True)),
@@ -78,7 +80,8 @@ def test_bash_can_read_it(name):
 FAKES = {
     "srun": 'printf "%s\\n" "$@" > srun.argv; while [[ $1 == --* ]]; do shift; done; "$@"',
     "scontrol": 'case $1 in show) printf "%s\\n" calm wild ;; *) echo "$@" >> scontrol.argv ;; esac',
-    "python": 'printf "%s\\0" "$@" > python.argv; touch begun; sleep "${SLEEP:-0}"; exit "$CODE"',
+    "python": '[ "$1" = -c ] && exit "${BROKEN:-0}"; printf "%s\\0" "$@" > python.argv; touch begun; '
+    'sleep "${SLEEP:-0}"; case $CODE in 1 | 2) exit $((CODE + 200)) ;; esac; exit "$CODE"',
 }
 
 
@@ -115,7 +118,18 @@ def test_hostile_words_arrive_as_they_are(bench):
         (bench / name).rename(room / name)
     assert started(room, spec).wait() == 0
     words = (room / "python.argv").read_bytes().decode().split("\0")[:-1]
-    agent = ["-m", "launcher.node", "--nodes", "2", "--ranks", "3", "--master", "calm:21234", "--"]
+    agent = [
+        "-m",
+        "launcher.node",
+        "--lifted",
+        "--nodes",
+        "2",
+        "--ranks",
+        "3",
+        "--master",
+        "calm:21234",
+        "--",
+    ]
     assert words == [*agent, "train", "my run's.yaml", *HOSTILE]
 
 
@@ -133,6 +147,8 @@ def test_bytes_that_are_no_unicode_arrive_too(bench):
         (2, False),
         (75, True),
         (76, True),
+        (77, True),
+        (134, True),
         (137, True),
         (143, True),
         (127, False),
@@ -177,6 +193,59 @@ def test_a_cancelled_job_is_not_queued_again(bench):
     assert not requeued(bench)
 
 
+ALONE = """\
+while [[ $1 == --* ]]; do shift; done
+"$@" &
+echo $! > task.pid
+wait $!
+"""
+AGENT = """\
+[ "$1" != -c ] || exit 0
+trap 'echo told >> told; sleep 1; echo saved > saved; exit {code}' TERM
+touch begun
+sleep 20 &
+wait $!
+"""
+
+
+@pytest.mark.parametrize(("code", "then"), [(75, 75), (201, 1)])
+def test_a_signal_to_the_task_alone_is_heard_and_waited_for(bench, code, then):
+    """proctrack/cgroup signals a task's first process and none of its children."""
+    (bench / "srun").write_text(f"#!/bin/bash\n{ALONE}")
+    (bench / "python").write_text(f"#!/bin/bash\n{AGENT.format(code=code)}")
+    job = started(bench)
+    while not (bench / "begun").exists():
+        time.sleep(0.02)
+    task = int((bench / "task.pid").read_text())
+    os.kill(task, signal.SIGTERM)
+    time.sleep(0.4)
+    os.kill(task, signal.SIGTERM)  # the agent is at its checkpoint: it has time to end
+    assert job.wait(10) == then
+    assert (bench / "saved").exists()
+    assert requeued(bench) == (code == 75)
+
+
+def test_an_agent_that_cannot_start_on_a_node_ends_the_job(bench):
+    assert started(bench, code=76, BROKEN="1").wait() == 1
+    assert not requeued(bench)
+
+
+def test_the_agent_lifts_what_ends_a_job_for_good():
+    words = [sys.executable, "-m", "launcher.node", "--nodes=2", "--node=5", "--", "train", "run.yaml"]
+    codes = [
+        subprocess.run(words[:3] + more + words[3:], cwd=ROOT, check=False, capture_output=True).returncode
+        for more in ([], ["--lifted"])
+    ]
+    assert codes == [2, 202]
+    assert [lifted(code) for code in (0, 1, 75, 76, 77, 137)] == [0, 201, 75, 76, 77, 137]
+
+
+def test_options_of_srun_reach_it(bench):
+    words = ("--container-image=a b#c", "--mpi=none")
+    assert started(bench, options={"srun": words}).wait() == 0
+    assert [line for line in (bench / "srun.argv").read_text().splitlines() if line in words] == list(words)
+
+
 def test_a_folder_that_is_gone_ends_the_job(bench):
     assert started(bench, options={"folder": bench / "gone"}).wait() == 2
 
@@ -189,6 +258,7 @@ def test_a_folder_that_is_gone_ends_the_job(bench):
         ({"logs": Path("/a\n#SBATCH --wrap=id")}, r"--output: /a\n#SBATCH --wrap=id/%j.log: cannot stand"),
         ({"logs": Path("/a\\b")}, "--logs: /a\\b: Slurm cannot write"),
         ({"sbatch": ("gpu",)}, "--sbatch: gpu: expected an option"),
+        ({"srun": ("pmix",)}, "--srun: pmix: expected an option"),
         ({"sbatch": ("--x=\n",)}, r"--sbatch: --x=\n: cannot stand"),
         ({"ask": Resources(time="4h")}, "--time: 4h: expected MINUTES"),
         ({"ask": Resources(time="2")}, "--signal-seconds: 120: expected less than the 120 seconds of --time"),
@@ -322,12 +392,14 @@ def run_file(folder):
 
 
 def test_the_command_prints_what_it_would_submit(tmp_path):
-    asked = ["--nodes", 2, "--gpus-per-node", 4, "--time", "1:00:00", "--no-requeue", "--dry-run"]
+    asked = ["--nodes", 2, "--gpus-per-node", 4, "--time", "1:00:00", "--no-requeue"]
+    asked += ["--srun=--mpi=none", "--dry-run"]
     shown = launched(tmp_path, run_file(tmp_path), "train.lr=0.5", *asked)
     assert shown.returncode == 0, shown.stderr
     assert "#SBATCH --gpus-per-node=4\n#SBATCH --time=1:00:00\n" in shown.stdout
     assert f"#SBATCH --output={tmp_path}/runs/first-logs/%j.log\n" in shown.stdout
-    assert "--nodes 2 --ranks 4 " in shown.stdout
+    assert "--nodes 2 --ranks 4 --gpus 4 " in shown.stdout
+    assert " \\\n    --mpi=none \\\n" in shown.stdout
     assert shown.stdout.endswith("*) exit $code ;;\nesac\n")
 
 

@@ -2,10 +2,13 @@
 
 Which ends of a pod count. A pod that the cluster takes away (drained, preempted, its node lost) has the
 condition DisruptionTarget, and one that ends with 75 has a checkpoint because somebody asked for it: neither
-counts, since both need an event from outside, so no program can go round in circles with them. A bug and a
-user's mistake (1 and 2) end the job at once, for another try would end the same. Everything else counts. A
-lost peer (76) too: where the network between pods is broken every pod ends so, and nothing else would ever
-count. One crash thus costs up to a count for each pod, and the limit is that many times the restarts.
+counts, since both need an event from outside. A pod that fills its node's disk would go round in circles with
+that: it is taken away with the same condition. So what a pod may take of the disk is limited as memory is:
+one that takes more is ended without the condition, and counts. A bug and a user's mistake (1 and 2) end the
+job at once, for another try would end the same. Everything else counts: a device that broke (77), for the
+next node may have one that works, and a lost peer (76), for where the network between pods is broken every
+pod ends so, and nothing else would ever count. One crash thus costs up to a count for each pod, and the limit
+is that many times the restarts.
 
 Knows nothing of operators.
 """

@@ -16,6 +16,8 @@ KINDS = ("job", "jobset", "trainjob")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|_KEY)$", re.IGNORECASE)
 _TAINT = re.compile(
     r"(?P<key>[^=:]+)(=(?P<value>[^=:]*))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
 )
@@ -64,13 +66,24 @@ def _toleration(word: str) -> Toleration:
     return Toleration(found["key"], found["value"], found["effect"])
 
 
-def selector_of(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Of `KEY=VALUE`. Raises LaunchError."""
-    for word in words:
-        if "=" not in word:
-            raise LaunchError(f"--node-selector: {word!r}: expected KEY=VALUE")
-    pairs = (word.partition("=") for word in words)
-    return tuple((key, value) for key, _, value in pairs)
+Pairs = tuple[tuple[str, str], ...]
+
+
+def pairs_of(option: str) -> Callable[[Sequence[str]], Pairs]:
+    """Reads words of `KEY=VALUE`. What it returns raises LaunchError, with the option's name."""
+
+    def read(words: Sequence[str]) -> Pairs:
+        for word in words:
+            if "=" not in word:
+                raise LaunchError(f"{option}: {word!r}: expected KEY=VALUE")
+        pairs = (word.partition("=") for word in words)
+        return tuple((key, value) for key, _, value in pairs)
+
+    return read
+
+
+selector_of, resources_of = pairs_of("--node-selector"), pairs_of("--resource")
+annotations_of, variables_of = pairs_of("--annotation"), pairs_of("--set-env")
 
 
 def option(doc: str, default: Any = None, *, parse: Callable[[Sequence[str]], Any] | None = None) -> Any:
@@ -91,6 +104,16 @@ class KubernetesOptions:
     cpu: str = option("CPUs that a pod asks for", "4")
     memory: str = option("memory of a pod, /dev/shm included", "16Gi")
     shm: str = option("largest /dev/shm of a pod", "2Gi")
+    ephemeral_storage: str = option("disk of a node that a pod may use: /tmp, home folder, output", "8Gi")
+    resource: tuple[tuple[str, str], ...] = option(
+        "another resource, such as rdma/hca=1: NAME=N", parse=resources_of
+    )
+    annotation: tuple[tuple[str, str], ...] = option(
+        "annotation of the pods: KEY=VALUE", parse=annotations_of
+    )
+    set_env: tuple[tuple[str, str], ...] = option(
+        "variable that is no secret: NAME=VALUE", parse=variables_of
+    )
     node_selector: tuple[tuple[str, str], ...] = option("label of nodes: KEY=VALUE", parse=selector_of)
     toleration: tuple[Toleration, ...] = option(
         "taint to bear: KEY, KEY=VALUE or KEY=VALUE:EFFECT", parse=tolerations_of
@@ -118,6 +141,7 @@ def check_options(options: KubernetesOptions) -> None:
         *_mistakes_of_names(options),
         *_mistakes_of_numbers(options),
         *_mistakes_of_labels(options),
+        *_mistakes_of_variables(options),
     ]
     if mistakes:
         raise LaunchError(*mistakes)
@@ -128,10 +152,12 @@ def _mistakes_of_text(options: KubernetesOptions) -> Iterator[str]:
         yield f"--image: {options.image!r}: expected a container image, such as registry/prefix-ds:TAG"
     if options.kind not in KINDS:
         yield f"--kind: {options.kind}: expected {', '.join(KINDS)}"
-    for option in ("cpu", "memory", "shm"):
-        quantity = getattr(options, option)
+    asked = [("--cpu", options.cpu), ("--memory", options.memory), ("--shm", options.shm)]
+    asked += [("--ephemeral-storage", options.ephemeral_storage)]
+    asked += [("--resource", amount) for _, amount in options.resource]
+    for option, quantity in asked:
         if not _QUANTITY.fullmatch(quantity) or not quantity.strip("0.mkMGTPEi"):
-            yield f"--{option}: {quantity!r}: expected an amount such as 4, 500m or 16Gi"
+            yield f"{option}: {quantity!r}: expected an amount such as 4, 500m or 16Gi"
 
 
 def _mistakes_of_names(options: KubernetesOptions) -> Iterator[str]:
@@ -167,9 +193,20 @@ def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
     pairs = [("--node-selector", *pair) for pair in options.node_selector]
     pairs += [("--toleration", each.key, each.value or "") for each in options.toleration]
     pairs += [("--gpu-resource", options.gpu_resource, "")]
+    pairs += [("--resource", name, "") for name, _ in options.resource]
+    pairs += [("--annotation", key, "") for key, _ in options.annotation]
     pairs += [("--spread", options.spread, "")] if options.spread else []
     for option, key, value in pairs:
         if not _LABEL.fullmatch(key):
             yield f"{option}: {key!r}: expected a label's key, such as cloud.example/accelerator"
         if not _VALUE.fullmatch(value):
             yield f"{option}: {value!r}: expected at most 63 letters, digits, '-', '_' and '.'"
+
+
+def _mistakes_of_variables(options: KubernetesOptions) -> Iterator[str]:
+    """A manifest is read by many, and kept."""
+    for name, _ in options.set_env:
+        if not _VARIABLE.fullmatch(name):
+            yield f"--set-env: {name!r}: expected the name of a variable"
+        if _SECRET.search(name):
+            yield f"--set-env: {name}: its value belongs into a Secret: --env {name} --env-secret SECRET"

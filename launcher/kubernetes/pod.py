@@ -2,7 +2,7 @@
 
 It keeps to the *restricted* Pod Security Standard, and its root file system is read-only: the runs volume,
 /tmp, the home folder and /dev/shm are what it writes to. /dev/shm is memory, of which a pod has 64 MB by
-default: too little for NCCL.
+default: too little for NCCL. /tmp and the home folder are on the node's disk, of which a pod has a limit.
 
 The runs volume lies where `run.folder` does and is the working folder, so relative paths of run.yaml, also
 that of MLflow's database, are on it.
@@ -24,6 +24,7 @@ Manifest = dict[str, Any]
 CONTAINER = "node"  # Kubeflow's runtimes expect this name
 CONFIG_FOLDER, RUN_FILE = "/config", "run.yaml"
 _HOME, _RELATIVE_RUNS = "/home/prefix", "/work"
+_HUB = ".huggingface"  # on the runs volume: what comes from the hub is fetched once, and fills no node's disk
 _TAKEN = (CONFIG_FOLDER, _HOME, "/tmp", "/dev/shm")
 
 
@@ -53,7 +54,8 @@ def selector(name: str) -> Manifest:
 
 def pod_template(spec: JobSpec, options: KubernetesOptions, place: JobPlace) -> Manifest:
     """The same for every node: its number is in the environment. Raises LaunchError."""
-    return {"metadata": {"labels": labels(place.name)}, "spec": _pod(spec, options, place)}
+    notes = {"annotations": dict(options.annotation)} if options.annotation else {}
+    return {"metadata": {"labels": labels(place.name)} | notes, "spec": _pod(spec, options, place)}
 
 
 def _pod(spec: JobSpec, options: KubernetesOptions, place: JobPlace) -> Manifest:
@@ -113,7 +115,7 @@ def _container(spec: JobSpec, options: KubernetesOptions, place: JobPlace) -> Ma
         "name": CONTAINER,
         "image": options.image,
         "command": ["python", "-m", "launcher.node"],
-        "args": [literal(word) for word in _agent_words(spec, place)],
+        "args": [literal(word) for word in _agent_words(spec, options, place)],
         "workingDir": runs_path(spec),
         "env": [*_environment(spec, options)],
         "envFrom": [{"secretRef": {"name": secret}}] if secret and not spec.variables else [],
@@ -134,19 +136,28 @@ def literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _agent_words(spec: JobSpec, place: JobPlace) -> list[str]:
+def _agent_words(spec: JobSpec, options: KubernetesOptions, place: JobPlace) -> list[str]:
     return [
         *("--nodes", str(spec.num_nodes)),
         *("--ranks", str(spec.ranks_per_node)),
+        *(("--gpus", str(options.gpus_per_node)) if options.gpus_per_node else ()),
         *("--master", f"{place.master}:{spec.port or DEFAULT_PORT}"),
         *("--", "train", f"{CONFIG_FOLDER}/{RUN_FILE}", *spec.overrides),
     ]
 
 
 def _environment(spec: JobSpec, options: KubernetesOptions) -> Iterator[Manifest]:
-    """Values of the user's variables come from a Secret and are never seen here."""
-    yield {"name": "HOME", "value": _HOME}
-    yield {"name": "USER", "value": "prefix"}  # torch asks for it, and the user's number has no name
+    """Values of --env come from a Secret and are never seen here."""
+    given = {
+        "HOME": _HOME,
+        "USER": "prefix",  # torch asks for it, and the user's number has no name
+        "HF_HOME": f"{runs_path(spec)}/{_HUB}",
+    } | dict(options.set_env)
+    for name, value in given.items():
+        yield {"name": name, "value": literal(value)}
+    for name in spec.variables:
+        if name in given:
+            raise LaunchError(f"--env: {name}: is set already; see --set-env")
     if spec.variables and not options.env_secret:
         names = ", ".join(spec.variables)
         raise LaunchError(f"--env: {names}: values come from a Secret here: name it with --env-secret")
@@ -155,9 +166,13 @@ def _environment(spec: JobSpec, options: KubernetesOptions) -> Iterator[Manifest
 
 
 def _resources(options: KubernetesOptions) -> Manifest:
-    """CPUs are a least amount, not a limit; memory and GPUs are both."""
+    """CPUs are a least amount, not a limit; all else is both. Raises LaunchError."""
     gpus = {options.gpu_resource: options.gpus_per_node} if options.gpus_per_node else {}
-    limits = {"memory": options.memory} | gpus
+    limits = {"memory": options.memory, "ephemeral-storage": options.ephemeral_storage} | gpus
+    for name, amount in options.resource:
+        if name in ("cpu", *limits):
+            raise LaunchError(f"--resource: {name}: is asked for already, by an option of its own or twice")
+        limits[name] = int(amount) if amount.isdecimal() else amount
     return {"requests": {"cpu": options.cpu} | limits, "limits": limits}
 
 

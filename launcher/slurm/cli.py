@@ -36,6 +36,7 @@ Env = Annotated[
 ]
 Setup = Annotated[list[str] | None, typer.Option(help="a line of bash before the ranks: module load cuda")]
 Sbatch = Annotated[list[str] | None, typer.Option(help="another option of sbatch: --reservation=NAME")]
+Srun = Annotated[list[str] | None, typer.Option(help="another option of srun: --container-image=FILE")]
 Python = Annotated[str | None, typer.Option(help="on every node; none: the path of this one")]
 Port = Annotated[int | None, typer.Option(help="of the first node; none: one made of the job's id")]
 Logs = Annotated[Path | None, typer.Option(help="folder for the job's output; none: RUN-logs")]
@@ -66,6 +67,7 @@ def slurm(
     env: Env = None,
     setup: Setup = None,
     sbatch: Sbatch = None,
+    srun: Srun = None,
     python: Python = None,
     port: Port = None,
     logs: Logs = None,
@@ -82,7 +84,7 @@ def slurm(
     )
     ask = Resources(time, partition, account, qos, constraint, gpus_per_node, cpus_per_task, memory)
     again = {"requeue": requeue, "max_requeues": max_requeues, "signal_seconds": signal_seconds}
-    lines = {"setup": tuple(setup or ()), "sbatch": tuple(sbatch or ())}
+    lines = {"setup": tuple(setup or ()), "sbatch": tuple(sbatch or ()), "srun": tuple(srun or ())}
     _show_or_submit(plan(spec, _options(spec, logs, python, ask=ask, **again, **lines)), dry_run)
 
 

@@ -42,6 +42,7 @@ class SlurmOptions:
     max_requeues: int = 10
     setup: tuple[str, ...] = ()  # lines of bash that run before the ranks: module load ...
     sbatch: tuple[str, ...] = ()  # other options of sbatch, a word each
+    srun: tuple[str, ...] = ()  # and of srun, which starts the agents
     python: str = sys.executable  # on every node
     allocated: bool = False  # run at once, in the allocation we are in
 
@@ -56,9 +57,11 @@ class SlurmOptions:
             raise LaunchError(
                 f"--signal-seconds: {self.signal_seconds}: expected less than the {seconds} seconds of --time"
             )
-        for word in self.sbatch:
-            if not word.startswith("-"):
-                raise LaunchError(f"--sbatch: {word}: expected an option, such as --reservation=NAME")
+        examples = {"sbatch": "--reservation=NAME", "srun": "--mpi=none"}
+        for option, example in examples.items():
+            for word in getattr(self, option):
+                if not word.startswith("-"):
+                    raise LaunchError(f"--{option}: {word}: expected an option, such as {example}")
 
 
 def seconds_of(time: str) -> int | None:

@@ -5,11 +5,16 @@ decided by the exit code:
 
     0                 done
     1, 2              a bug, the user's mistake: the end, for both would come again
-    75, 76, 128 + n   stopped with a checkpoint, a peer lost, killed: queued again
+    75, 76, 77        stopped with a checkpoint, a peer lost, a device broken: queued again
+    128 + n           killed: queued again
     others            srun or Slurm failed, or a cgroup's memory was full (253): the end
 
-The time limit's signal goes to the ranks alone (`--signal` without `B:`), and 75 follows. `scancel` and the
-limit itself also tell the script's shell, which then does not queue the job again.
+The time limit's signal goes to the tasks alone (`--signal` without `B:`), and 75 follows. Where Slurm tracks
+processes by cgroups, it signals a task's first process and none below it: the agent, which tells its ranks.
+`scancel` and the limit itself also tell the script's shell, which then does not queue the job again.
+
+Rejected: a shell as the task, which passes the signal on and waits. In bash 5.2 `wait`, told again at the
+moment its child ends, gives -1 for the child's exit code, about once in fifty times.
 
 Rejected: `--kill-on-bad-exit=1`, which kills rank 0 while it writes the checkpoint because another node has
 ended first.
@@ -24,9 +29,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.ends import LIFT, lifted
 from launcher.slurm.options import Resources, SlurmOptions
 from launcher.spec import JobSpec
-from prefix_ds.errors import EXIT_BUG, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
+from prefix_ds.errors import EXIT_BUG, EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, LaunchError
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that Linux and Kubernetes hand out by themselves
 # From its first node on, where the ranks meet; a shell that is itself a step holds what it runs on.
@@ -37,16 +43,14 @@ _PLAIN = re.compile(r"[\w./:=@%+,*~\[\]-]+", re.ASCII)
 
 _TASK = f"""\
 # srun ends with the highest exit code of its tasks. After a bug or a mistake on one node others lose a peer,
-# which must not look like the reason: so these two are lifted above all others.
-task='trap : TERM
-"$@"
-code=$?
-case $code in {EXIT_BUG} | {EXIT_USER}) code=$((code + 200)) ;; esac
-exit $code'
+# which must not look like the reason: so these two are lifted above all others. Slurm may signal a task's
+# first process alone, so the shell makes room for the agent.
+task='"$1" -c "import launcher.node" || exit {lifted(EXIT_BUG)}
+exec "$@"'
 """
-_REACHED = """\
+_REACHED = f"""\
 case $code in
-201 | 202) exit $((code - 200)) ;;
+{lifted(EXIT_BUG)} | {lifted(EXIT_USER)}) exit $((code - {LIFT})) ;;
 """
 _END = "*) exit $code ;;\nesac\n"
 _ENDED = """\
@@ -164,11 +168,13 @@ def _srun(spec: JobSpec, options: SlurmOptions) -> str:
         *("--kill-on-bad-exit=0", f"--wait={_WAIT_SECONDS}"),
         *(_IN_ALLOCATION if options.allocated else []),
     ]
-    agent = f"{_word(options.python)} -m launcher.node --nodes {nodes} --ranks {spec.ranks_per_node}"
+    gpus = f" --gpus {options.ask.gpus_per_node}" if options.ask.gpus_per_node else ""
+    agent = f"{_word(options.python)} -m launcher.node --lifted"
     lines = [
         f"srun {' '.join(slurm)}",
+        *map(_word, options.srun),
         'bash -c "$task" task',
-        f'{agent} --master "$master:$port" --',
+        f'{agent} --nodes {nodes} --ranks {spec.ranks_per_node}{gpus} --master "$master:$port" --',
         " ".join(map(_word, spec.train_words)),
     ]
     return " \\\n    ".join(lines) + "\ncode=$?\n"
@@ -179,7 +185,7 @@ def _again(options: SlurmOptions) -> str:
     if not options.requeue:
         return _END
     return f"""\
-{EXIT_STOPPED} | {EXIT_PEER} | 12[89] | 1[3-9]?) ;;
+{EXIT_STOPPED} | {EXIT_PEER} | {EXIT_DEVICE} | 12[89] | 1[3-9]?) ;;
 {_END}if [ -n "$ended" ]; then
     exit $code
 fi
