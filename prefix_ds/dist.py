@@ -41,9 +41,9 @@ _PEER_IS_GONE = (
     "likely closed",
     "timed out",
 )
-# oneDNN compiles a product for its shape and keeps a thousand, half a megabyte each; torch a thousand of its
-# own. Documents have so many shapes that keeping fewer is less work too (docs/performance.md).
-_FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "1"}
+# oneDNN compiles a product for its shape and keeps a thousand, and torch a thousand in front of these, half a
+# megabyte each. Documents have so many shapes that half of the one and none of the other is less work too.
+_FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512", "LRU_CACHE_CAPACITY": "1"}
 _GPUS = "PREFIX_DS_GPUS"  # how many a launcher counts on, on this machine
 
 

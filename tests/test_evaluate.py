@@ -390,7 +390,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(tmp_path):
     stopped = run_config(tmp_path, *words, f"run.folder={tmp_path}/stopped")
     on_ranks(2, train_here, config)
     on_ranks(2, stop_after, stopped, 4)
-    assert sorted(scores_of(stopped, "chrf")) == [0, 2, 4]
+    assert sorted(scores_of(stopped, "chrf")) == [0, 2], "what is due at 4 waits"
     on_ranks(2, train_here, stopped)
     assert strip_times(metrics(stopped)) == strip_times(metrics(config))
     states = [latest(tmp_path / name).state for name in ("run", "stopped")]
