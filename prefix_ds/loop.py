@@ -7,7 +7,7 @@ Knows nothing of what is in tensors, of ranks or of disks.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -82,7 +82,9 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, pr
 
     Raises Stopped, with a checkpoint written, when asked to stop.
     """
-    progress = _judged(run, cadence, evaluate, progress)
+    start, progress = progress, _judged(run, cadence, evaluate, progress)
+    if start.step and progress != start:  # it was due when the run was stopped
+        run.memory.save(run.engine, progress)
     while progress.step < run.stream.num_steps:
         rate = learning_rate(progress.step, run.stream.num_steps, train)
         started = time.perf_counter()
@@ -98,14 +100,18 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, pr
         run.bar.at(progress.step, loss=report.loss, tokens_per_second=tokens_per_second, mfu=mfu)
         if last or progress.step % cadence.log_every == 0:
             run.tracker.metrics(progress.step, _values(report, rate) | speed | run.gauge.of_memory())
-        stop = run.stop.agreed()
-        if last or not stop:  # whoever asks for the end may not wait for a long validation
-            progress = _judged(run, cadence, evaluate, progress)
-        if last or stop or _due(cadence.save_every, progress.step):
+        if run.stop.agreed():
+            raise _stopped(run, progress)
+        progress = _judged(run, cadence, evaluate, progress)
+        if last or _due(cadence.save_every, progress.step):
             run.memory.save(run.engine, progress)
-        if stop and not last:
-            raise Stopped(f"stopped at step {progress.step} of {run.stream.num_steps}; checkpoint written")
     return progress
+
+
+def _stopped(run: Run, progress: Progress) -> Stopped:
+    """Writes a checkpoint, from which what is due at this step is still due."""
+    run.memory.save(run.engine, progress)
+    return Stopped(f"stopped at step {progress.step} of {run.stream.num_steps}; checkpoint written")
 
 
 def _due(every: int, step: int) -> bool:
@@ -113,15 +119,34 @@ def _due(every: int, step: int) -> bool:
 
 
 def _judged(run: Run, cadence: RunKeys, keys: EvaluateKeys, progress: Progress) -> Progress:
-    """Validates and scores what is due at this step, unless that was done before the run was stopped."""
+    """Validates and scores what is due at this step, unless that was done before the run was stopped.
+
+    Raises Stopped, with a checkpoint written, when asked to stop meanwhile.
+    """
     if progress.judged_step == progress.step:
         return progress
     always = progress.step in (0, run.stream.num_steps)
-    if always or _due(cadence.valid_every, progress.step):
-        progress = _validated(run, keys, progress)
-    if always or _due(keys.every, progress.step):
-        progress = _evaluated(run, keys, progress)
-    return replace(progress, judged_step=progress.step)
+    judged = progress
+    try:
+        if always or _due(cadence.valid_every, progress.step):
+            judged = _validated(run, keys, judged)
+        if always or _due(keys.every, progress.step):
+            judged = _evaluated(run, keys, judged)
+    except _Asked:
+        raise _stopped(run, progress) from None
+    return replace(judged, judged_step=progress.step)
+
+
+class _Asked(Exception):  # noqa: N818 - no error either
+    """To stop, in the middle of a validation."""
+
+
+def _until_asked(shares: Iterable[Share], stop: StopQuestion) -> Iterator[Share]:
+    """The shares; raises _Asked between two of them, on all ranks alike."""
+    for share in shares:
+        if stop.agreed():
+            raise _Asked
+        yield share
 
 
 def _validated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:
@@ -130,7 +155,7 @@ def _validated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:
         if progress.step == run.stream.num_steps:
             run.memory.save_result(run.engine, progress)
         return progress
-    loss = run.engine.validate(run.validation)
+    loss = run.engine.validate(_until_asked(run.validation, run.stop))
     run.tracker.metrics(progress.step, {"valid/loss": loss})
     progress = replace(progress, valid_loss=loss)
     if keys.best_by == "loss" and (progress.best_loss is None or loss < progress.best_loss):

@@ -21,7 +21,7 @@ from prefix_ds.errors import Stopped
 from prefix_ds.loading import load_tokenizer
 from tests.ranks import on_ranks
 from tests.reference import reference_prefix
-from tests.workshop import run_config
+from tests.workshop import records, run_config, write_jsonl
 
 
 def changed(config, *overrides):
@@ -178,6 +178,47 @@ def whole_state(config):
 def bytes_of(config):
     saved = read_prefix(Path(config.run.folder) / "prefix")
     return [t.numpy().tobytes() for pair in saved.slots.values() for t in pair]
+
+
+def stop_within_validation(config):
+    """Trains, and is asked to stop while the first share of a later validation is read."""
+    from prefix_ds import loop, train
+
+    asked, real = [], loop._until_asked
+
+    def asking(shares, stop):
+        for number, share in enumerate(real(shares, stop)):
+            if number == 0 and len(asked) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield share
+        asked.append(1)
+
+    loop._until_asked = asking
+    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+        train.train(config)
+
+
+def test_a_run_that_was_stopped_while_it_validated_ends_as_if_it_never_was(tmp_path):
+    write_jsonl(tmp_path / "valid.jsonl", records(60, 2))  # so that a validation has several shares
+    config = run_config(tmp_path, "train.micro_batch_tokens=64")
+    stopped = changed(config, f"run.folder={tmp_path}/stopped")
+    on_ranks(1, train_here, config)
+    on_ranks(1, stop_within_validation, stopped)
+    assert [row["step"] for row in metrics(stopped) if "valid/loss" in row] == [0]
+    on_ranks(1, train_here, stopped)
+    assert strip_times(metrics(stopped)) == strip_times(metrics(config))
+    assert whole_state(stopped) == whole_state(config)
+
+
+def test_a_run_that_was_stopped_at_its_end_is_done_at_the_next_start(tmp_path):
+    config = run_config(tmp_path)
+    stopped = changed(config, f"run.folder={tmp_path}/stopped")
+    on_ranks(1, train_here, config)
+    on_ranks(1, stop_after, stopped, 6)
+    for _ in range(2):  # and the start after that has nothing to do
+        on_ranks(1, train_here, stopped)
+        assert strip_times(metrics(stopped)) == strip_times(metrics(config))
+        assert bytes_of(stopped) == bytes_of(config)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
