@@ -152,7 +152,8 @@ FAULTS = {
     "sshd's session is killed": Fault(kill_session, (EXIT_PEER,), "{host}: "),
     "a link is cut": Fault(cut_link, (EXIT_PEER, EXIT_USER), "{host}: "),  # the latter: not reached at all
     "a link is slow and lossy": Fault(worsen_link, (0,)),
-    "a disk is full": Fault(fill_disk, (EXIT_USER,), "cannot be written: No s"),  # or no such folder: it was being built
+    # "No space left on device", or "No such file or directory" of a checkpoint whose folder was being built
+    "a disk is full": Fault(fill_disk, (EXIT_USER,), "cannot be written: No s"),
     "Ctrl-C": Fault(press_ctrl_c, (EXIT_STOPPED, 130)),
     "Ctrl-C twice": Fault(press_ctrl_c_twice, (130,)),
     "the launcher is killed": Fault(kill_launcher, (-9,)),
