@@ -58,8 +58,8 @@ def check_run(config: RunConfig, console: Console) -> None:
     tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data)) if has_tokenizer else None
     if config.train.method == "prefix":
         problems.of(lambda: check_layers(config))
-    if config.train.method == "prefix" and tokenizer is not None:
-        problems.of(lambda: check_text(config.prefix, tokenizer))
+        if tokenizer is not None:
+            problems.of(lambda: check_text(config.prefix, tokenizer))
     if not has_tokenizer:
         console.print("The run will make its own tokenizer; until then lengths are in characters.")
     for split in ("train", "valid", "test"):

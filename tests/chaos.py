@@ -19,6 +19,7 @@ from pathlib import Path
 
 from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER
+from prefix_ds.files import TEMPORARY
 from tests.hosts import HostHere, Hosts, some_hosts
 from tests.test_kill import trained_bytes
 from tests.workshop import run_config
@@ -116,6 +117,8 @@ def fill_disk(job, host):
     """The run's folder is on a disk of this host's that has no room left. Of rank 0's host: it writes."""
     if host is not job.hosts.all[0] or not job.run.exists():
         return False
+    while any(job.run.glob(f"checkpoints/{TEMPORARY}*")):  # mounted over it, the folder would be gone, not full
+        time.sleep(0.01)
     host.run("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", job.run)
     return True
 
@@ -152,8 +155,7 @@ FAULTS = {
     "sshd's session is killed": Fault(kill_session, (EXIT_PEER,), "{host}: "),
     "a link is cut": Fault(cut_link, (EXIT_PEER, EXIT_USER), "{host}: "),  # the latter: not reached at all
     "a link is slow and lossy": Fault(worsen_link, (0,)),
-    # "No space left on device", or "No such file or directory" of a checkpoint whose folder was being built
-    "a disk is full": Fault(fill_disk, (EXIT_USER,), "cannot be written: No s"),
+    "a disk is full": Fault(fill_disk, (EXIT_USER,), "No space left on device"),
     "Ctrl-C": Fault(press_ctrl_c, (EXIT_STOPPED, 130)),
     "Ctrl-C twice": Fault(press_ctrl_c_twice, (130,)),
     "the launcher is killed": Fault(kill_launcher, (-9,)),
