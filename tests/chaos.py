@@ -117,7 +117,7 @@ def fill_disk(job, host):
     """The run's folder is on a disk of this host's that has no room left. Of rank 0's host: it writes."""
     if host is not job.hosts.all[0] or not job.run.exists():
         return False
-    while any(job.run.glob(f"checkpoints/{TEMPORARY}*")):  # mounted over it, the folder would be gone, not full
+    while any(job.run.glob(f"checkpoints/{TEMPORARY}*")):  # under a mount it would be gone, not full
         time.sleep(0.01)
     host.run("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", job.run)
     return True
