@@ -8,15 +8,13 @@ Knows nothing of tensors.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from prefix_ds.checkpoint import PrefixFacts
 from prefix_ds.config import DataKeys, RunConfig
-from prefix_ds.errors import RunError
 from prefix_ds.tracking import masked
+from prefix_ds.verdicts import Verdict, front_of
 
 _OF = {"": "the trained prefix", "bare": "the bare base", "instruction": "the instruction alone"}
 _TRAIN_KEYS = ("global_batch_size", "lr", "warmup_steps", "schedule", "weight_decay", "clip_norm", "seed")
@@ -25,35 +23,12 @@ _SCORE_HEAD = ("of", "split", "records", "score", "value")
 
 @dataclass(frozen=True)
 class Part:
-    """One run whose prefix is exported: its configuration, the facts of its prefix, its evaluations."""
+    """A run whose prefix is exported: its configuration, the facts of its prefix, its evaluations by name."""
 
     config: RunConfig
     facts: PrefixFacts
     length: int
-    evaluations: tuple[Mapping[str, Any], ...]
-
-
-def read_evaluations(run: Path) -> tuple[Mapping[str, Any], ...]:
-    """What `RUN/evaluate/*.json` say: by split, the prefix's own before those of the base without it.
-
-    Each has as `of` what it was measured of. Raises RunError for one that cannot be read.
-    """
-    paths = sorted((run / "evaluate").glob("*.json"), key=lambda path: (_front(path) != "", path.name))
-    return tuple({**_read(path), "of": _OF.get(_front(path), _front(path))} for path in paths)
-
-
-def _front(path: Path) -> str:
-    """`bare` of test.bare.json; empty for an evaluation of the prefix itself."""
-    return path.stem.partition(".")[2]
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        _score_rows([found])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{path}: not an evaluation: {error!r}") from None
-    return dict(found)
+    evaluations: Mapping[str, Verdict]
 
 
 def card(parts: Iterable[Part], note: str = "") -> str:
@@ -81,7 +56,7 @@ def _header(facts: PrefixFacts) -> str:
 
 def _part(part: Part, number: str) -> str:
     text = f"## Where it comes from{number}\n\n{_table(('', ''), _origin(part))}"
-    scores = _score_rows(part.evaluations)
+    scores = list(_score_rows(part.evaluations))
     if scores:
         text += f"\n\n## Scores{number}\n\n{_table(_SCORE_HEAD, scores)}"
     return text
@@ -126,15 +101,16 @@ def _line(text: str | None) -> str:
     return json.dumps(text or "", ensure_ascii=False)[1:-1].replace("`", "'")
 
 
-def _score_rows(evaluations: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for found in evaluations:
-        place = found.get("of", ""), str(found["split"]), str(found["records"])
-        rows += [(*place, name, f"{found[name]:.4f}") for name in ("loss", "perplexity") if name in found]
-        for name, score in found.get("scores", {}).items():
-            span = f" ({score['low']:.4f} to {score['high']:.4f})" if "low" in score else ""
-            rows.append((*place, str(name), f"{score['value']:.4f}{span}"))
-    return rows
+def _score_rows(evaluations: Mapping[str, Verdict]) -> Iterator[tuple[str, ...]]:
+    """The prefix's own before those of the base without it."""
+    for name in sorted(evaluations, key=lambda name: (front_of(name) != "", name)):
+        found, front = evaluations[name], front_of(name)
+        place = _OF.get(front, front), found.split, str(found.records)
+        yield (*place, "loss", f"{found.loss:.4f}")
+        yield (*place, "perplexity", f"{found.perplexity:.4f}")
+        for score, told in found.scores.items():
+            span = "" if told.low is None else f" ({told.low:.4f} to {told.high:.4f})"
+            yield (*place, score, f"{told.value:.4f}{span}")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

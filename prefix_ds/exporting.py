@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefix_ds.card import Part, card, read_evaluations
+from prefix_ds.card import Part, card
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import MlflowKeys, RunConfig
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
@@ -21,6 +21,7 @@ from prefix_ds.logs import configure_logging
 from prefix_ds.merging import MEANING, merged
 from prefix_ds.run_folder import RunFolder, open_run, write_config
 from prefix_ds.tracking import log_model
+from prefix_ds.verdicts import read_verdicts
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _part(run: Path, overrides: Sequence[str] = ()) -> tuple[Part, SavedPrefix]:
     if config.train.method != "prefix":
         raise RunError(f"{run}: train.method is {config.train.method}: there is no prefix, only model/")
     prefix = read_prefix(folder.prefix)
-    return Part(config, prefix.facts, prefix.length, read_evaluations(run)), prefix
+    return Part(config, prefix.facts, prefix.length, read_verdicts(run)), prefix
 
 
 def _slim_copy(run: Path, config: RunConfig, place: Path) -> Path:

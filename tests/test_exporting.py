@@ -34,6 +34,7 @@ EVALUATION = {
     "loss": 2.5,
     "perplexity": 12.1825,
     "scores": {"rougeL": {"value": 0.3125, "low": 0.25, "high": 0.375}},
+    "seconds": 3.5,
 }
 
 
@@ -176,7 +177,7 @@ def test_what_was_deleted_is_one_line(run, tmp_path, gone, line):
 def test_an_evaluation_that_cannot_be_read_is_one_line(run, tmp_path):
     broken = shutil.copytree(run, tmp_path / "broken")
     (broken / "evaluate" / "test.json").write_text('{"split": "test"}')
-    assert "not an evaluation" in refusal("export", broken, tmp_path / "peft")
+    assert "is no evaluation" in refusal("export", broken, tmp_path / "peft")
 
 
 def test_an_adapter_that_lost_its_tensors_is_one_line(run, tmp_path):

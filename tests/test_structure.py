@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"__init__", "errors"},
     {"faults"},
-    {"config", "devices", "dist", "files", "progress", "promise"},
+    {"config", "devices", "dist", "files", "progress", "promise", "verdicts"},
     {"prefix", "int8", "data", "optim", "checkpoint", "tracking", "scores", "stop", "new_tokenizer"},
     {"model", "loading", "logs", "run_folder"},
     {"card", "engine", "initial", "merging", "result", "rows", "speed", "suitability"},
@@ -41,7 +41,7 @@ DOORS = {
     "sacrebleu": {"scores"},
 }
 TORCH_FREE = {"__init__", "errors", "config", "files", "progress", "cli", "__main__", "run_folder", "init"}
-TORCH_FREE |= {"compare", "scores", "tracking"}
+TORCH_FREE |= {"compare", "scores", "tracking", "verdicts"}
 
 
 def modules():

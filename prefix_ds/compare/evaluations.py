@@ -1,28 +1,21 @@
-"""What `prefix-ds evaluate` left of a run: `evaluate/SPLIT.json`, the same of the base and the instruction.
+"""What `prefix-ds evaluate` left of a run and of its untrained base, as measures `test/rougeL`.
 
-    evaluate/test.json               the trained run
-    evaluate/test.bare.json          the base without a prefix
-    evaluate/test.instruction.json   the prefix before its first step
-
-MLflow has them as metrics `evaluate/test/rougeL`, with `/low` and `/high` behind it, and what they read as
-tags `evaluate.test.data`. Either way they become measures `test/rougeL`.
+A run folder has them as files (`verdicts`); MLflow as metrics `evaluate/test/rougeL`, with `/low` and `/high`
+behind it, and what they read as tags `evaluate.test.data`.
 
 Knows nothing of how a score is made.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from prefix_ds.compare.seen import DataSet, Reading, Value
-from prefix_ds.errors import RunError
 from prefix_ds.tracking import source_text, tagged_data
+from prefix_ds.verdicts import Verdict, read_verdicts
 
 _FOLDER = "evaluate"
 _KINDS = {"bare": "base", "instruction": "instruction"}  # by what stands behind the split
-_PLAIN = ("loss", "perplexity")
 _BOUNDS = ("low", "high")
 
 
@@ -63,14 +56,9 @@ def _reading(name: str) -> Reading:
 def read_evaluations(run: Path) -> Evaluations:
     """Those of a run folder. Raises RunError for a file that is none."""
     found = Evaluations()
-    for path in sorted((run / _FOLDER).glob("*.json")):
-        name = path.name.removesuffix(".json")
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            found.add(name, _scores(told))
-            found.add_source(name, source_text(told))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{path}: is no evaluation: {error!r}; evaluate again, or remove it") from None
+    for name, verdict in read_verdicts(run).items():
+        found.add(name, _values(verdict))
+        found.add_source(name, source_text(verdict))
     return found
 
 
@@ -88,11 +76,6 @@ def told_evaluations(metrics: Mapping[str, float], tags: Mapping[str, str]) -> E
     return found
 
 
-def _scores(told: Mapping[str, Any]) -> dict[str, Value]:
-    scores = {name: _value(score) for name, score in told["scores"].items()}
-    return {name: Value(float(told[name])) for name in _PLAIN if told.get(name) is not None} | scores
-
-
-def _value(score: Mapping[str, Any]) -> Value:
-    low, high = (None if score.get(bound) is None else float(score[bound]) for bound in _BOUNDS)
-    return Value(float(score["value"]), low, high)
+def _values(verdict: Verdict) -> dict[str, Value]:
+    scores = {name: Value(score.value, score.low, score.high) for name, score in verdict.scores.items()}
+    return {"loss": Value(verdict.loss), "perplexity": Value(verdict.perplexity)} | scores

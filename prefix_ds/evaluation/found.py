@@ -1,9 +1,7 @@
 """What an evaluation found: as two files of the run folder, as a table, and as metrics.
 
-    evaluate/test.json               loss, perplexity, scores with their intervals and signatures
-    evaluate/test.jsonl              a line a record: prompt, output, references, its loss and its scores
-    evaluate/test.bare.json(l)       the same of the base with nothing in front
-    evaluate/test.instruction.json(l)   and of the written instruction, untrained
+    evaluate/test.json    the verdict: loss, perplexity, scores with their intervals and signatures
+    evaluate/test.jsonl   a line a record: prompt, output, references, its loss and its scores
 
 Knows nothing of models.
 """
@@ -23,6 +21,7 @@ from prefix_ds.errors import printable
 from prefix_ds.evaluation.losses import RecordLosses
 from prefix_ds.files import sync, telling_disk_errors, whole_file
 from prefix_ds.scores import Scored
+from prefix_ds.verdicts import Interval, Verdict
 
 Front = Literal["trained", "bare", "instruction"]
 
@@ -57,21 +56,21 @@ class Evaluation:
             }
         return {f"evaluate/{self.name}/{name}": value for name, value in plain.items()}
 
-    def summary(self) -> dict[str, Any]:
-        """What `NAME.json` holds; `prefix-ds compare` reads it."""
-        return {
-            "split": self.split,
-            "data": self.data,
-            "records": len(self.prompts),
-            "targets": self.losses.num_targets,
-            "loss": self.losses.loss,
-            "perplexity": self.losses.perplexity,
-            "scores": {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in self.scored.scores},
-            "signatures": self.scored.signatures,
-            "generate": self.generate.model_dump(mode="json"),
-            "without_prefix": self.front != "trained",
-            "seconds": round(self.seconds, 3),
-        }
+    def verdict(self) -> Verdict:
+        """What `NAME.json` holds."""
+        return Verdict(
+            split=self.split,
+            data=self.data,
+            records=len(self.prompts),
+            targets=self.losses.num_targets,
+            loss=self.losses.loss,
+            perplexity=self.losses.perplexity,
+            scores={s.name: Interval(value=s.value, low=s.low, high=s.high) for s in self.scored.scores},
+            signatures=self.scored.signatures,
+            generate=self.generate.model_dump(mode="json"),
+            without_prefix=self.front != "trained",
+            seconds=round(self.seconds, 3),
+        )
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What `NAME.jsonl` holds, a record a line."""
@@ -90,12 +89,13 @@ def write_evaluation(folder: Path, found: Evaluation) -> None:
     """Writes both files, or neither. Raises RunError."""
     with telling_disk_errors(folder):
         folder.mkdir(exist_ok=True)
-    lines, summary = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"
-    with whole_file(summary) as new_summary, whole_file(lines) as new_lines:  # the lines are there first
+    lines, verdict = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"
+    with whole_file(verdict) as new_verdict, whole_file(lines) as new_lines:  # the lines are there first
         with telling_disk_errors(lines), new_lines.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows())
-        new_summary.write_text(json.dumps(found.summary(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        sync(new_summary)  # a disk that is full says so now, while both old files are there
+        told = json.dumps(found.verdict().model_dump(), indent=1, ensure_ascii=False)
+        new_verdict.write_text(told + "\n", encoding="utf-8")
+        sync(new_verdict)  # a disk that is full says so now, while both old files are there
 
 
 def table_of(found: Evaluation) -> Table:

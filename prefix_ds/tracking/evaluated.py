@@ -3,7 +3,7 @@
     evaluate.test.data           the trained run
     evaluate.test.bare.data      the base with nothing in front
 
-`prefix-ds evaluate` may be told another file than run.yaml has; `RUN/evaluate/NAME.json` says which it was.
+`prefix-ds evaluate` may be told another file than run.yaml has; its verdict says which it was.
 
 Knows nothing of MLflow or of scores.
 """
@@ -11,16 +11,17 @@ Knows nothing of MLflow or of scores.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from prefix_ds.errors import RunError
 from prefix_ds.tracking.masking import masked
+from prefix_ds.verdicts import Verdict, read_verdict, verdict_files
 
-_FOLDER, _HEAD, _TAIL = "evaluate", "evaluate.", ".data"
+_HEAD, _TAIL = "evaluate.", ".data"
 
 
 def data_tags(run: Path) -> dict[str, str]:
     """The tags of a run folder; none of an evaluation that cannot be read."""
-    found = {path.name.removesuffix(".json"): _source(path) for path in (run / _FOLDER).glob("*.json")}
+    found = {name: _source(path) for name, path in verdict_files(run).items()}
     return {f"{_HEAD}{name}{_TAIL}": source for name, source in found.items() if source}
 
 
@@ -33,14 +34,14 @@ def tagged_data(tags: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def source_text(told: Mapping[str, Any]) -> str:
-    """The data that an evaluation's file names, without secrets; empty if it names none."""
-    data = told.get("data") or ""
+def source_text(verdict: Verdict) -> str:
+    """The data that was read, without secrets; empty if it is not known."""
+    data = verdict.data or ""
     return masked(data if isinstance(data, str) else json.dumps(data))
 
 
 def _source(path: Path) -> str:
     try:
-        return source_text(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+        return source_text(read_verdict(path))
+    except RunError:
         return ""
