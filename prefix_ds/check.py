@@ -23,8 +23,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import PrefixError
 from prefix_ds.loading import load_tokenizer
-from prefix_ds.plan.starting import check_layers, check_text
-from prefix_ds.suitability import check_base
+from prefix_ds.suitability import check_base, check_text
 
 Answer = TypeVar("Answer")
 
@@ -56,10 +55,8 @@ def check_run(config: RunConfig, console: Console) -> None:
     problems.of(lambda: source_of("train", config.data))
     has_tokenizer = bool(config.model.tokenizer or config.model.name)
     tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data)) if has_tokenizer else None
-    if config.train.method == "prefix":
-        problems.of(lambda: check_layers(config))
-        if tokenizer is not None:
-            problems.of(lambda: check_text(config.prefix, tokenizer))
+    if tokenizer is not None:
+        problems.of(lambda: check_text(config, tokenizer))
     if not has_tokenizer:
         console.print("The run will make its own tokenizer; until then lengths are in characters.")
     for split in ("train", "valid", "test"):

@@ -1,19 +1,32 @@
-"""Whether a base can be what a run wants of it, as far as that is found out without its weights.
+"""Whether a run can be had of a base, as far as that is found out without its weights.
 
-Asked before the run folder is touched: what is refused here leaves nothing behind. The rest is found out by a
-trial, once the base stands in its shards.
+Asked before the run folder is touched: what is refused here leaves nothing behind. Which layers would call
+the attention that a prefix is put in is told by a forward pass without numbers. Where the code of a base
+breaks off without them nothing is learnt, and a trial decides once the base stands in its shards. Rejected: a
+list of families, which knows no remote code.
 
 Knows nothing of data or engines.
 """
 
-from prefix_ds.config import RunConfig
+from typing import Any
+
+import torch
+
+from prefix_ds.config import ModelKeys, RunConfig
+from prefix_ds.initial import chosen_slots, text_tokens
 from prefix_ds.loading import check_new, vetted_config
+from prefix_ds.model.attention import Joint
+from prefix_ds.model.base import no_attention_to_join, switch_attention
 from prefix_ds.model.families import check_family
-from prefix_ds.model.skeleton import check_skeleton
+from prefix_ds.model.skeleton import skeleton
+from prefix_ds.model.trial import Trial
+from prefix_ds.plan.experts import balance_experts
+from prefix_ds.plan.meter import Meter
+from prefix_ds.prefix import Slot
 
 
 def check_base(config: RunConfig) -> None:
-    """Raises ConfigError or ModelError. Quick; makes no collective call."""
+    """Raises ConfigError or ModelError for a base that this run is not for. Makes no collective call."""
     if config.train.method == "pretrain":
         check_new(config.model)
         return
@@ -21,5 +34,36 @@ def check_base(config: RunConfig) -> None:
     if config.train.method == "prefix":
         for part in (base_config, base_config.get_text_config(decoder=True)):
             check_family(str(part.model_type))
-        keys = config.model
-        check_skeleton(base_config, keys.attention, trust_remote_code=keys.trust_remote_code)
+        slots = slots_without_weights(base_config, config.model)
+        if slots is not None:
+            chosen_slots(slots, config.prefix)
+
+
+def check_text(config: RunConfig, tokenizer: Any) -> None:
+    """Raises ConfigError for a text to start from that `prefix.length` does not hold."""
+    keys = config.prefix
+    if config.train.method == "prefix" and keys.init == "text":
+        text_tokens(tokenizer, keys.text or "", keys.length)
+
+
+def slots_without_weights(base_config: Any, keys: ModelKeys) -> list[Slot] | None:
+    """The places for a prefix, in order of call; None where that cannot be told.
+
+    Raises ModelError for a base without any.
+    """
+    try:
+        base = skeleton(base_config, keys.trust_remote_code)
+    except Exception:  # loading it says why
+        return None
+    switch_attention(base, keys.attention)
+    balance_experts(base)
+    trial = Trial(torch.device("meta"))
+    Joint(base).source = trial
+    try:
+        with torch.no_grad(), Meter([*base.parameters(), *base.buffers()], vocab_size=0):
+            base(input_ids=trial.ids_BT, use_cache=False)
+    except Exception:  # it may not break off with numbers
+        return None
+    if not trial.slots:
+        raise no_attention_to_join(base)
+    return trial.slots

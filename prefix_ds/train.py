@@ -52,14 +52,13 @@ from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
 from prefix_ds.opening import Opened
 from prefix_ds.optim import adamw
 from prefix_ds.plan.fitting import fitted
-from prefix_ds.plan.starting import check_start
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, claim
 from prefix_ds.speed import Cost, Gauge, Products, cost_of, medians, peak_flops
 from prefix_ds.stop import StopRequest
-from prefix_ds.suitability import check_base
+from prefix_ds.suitability import check_base, check_text
 from prefix_ds.tracking import (
     DatasetFacts,
     Facts,
@@ -101,7 +100,7 @@ def train(config: RunConfig) -> Progress:
 def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     folder, settings = together(lambda: _prepared(config, world))
     tokenizer = _tokenizer(config, folder, world)
-    together(lambda: check_start(config, tokenizer))
+    together(lambda: check_text(config, tokenizer))
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
     on_first(world, lambda: _write_settings(folder, trained.base.settings))
