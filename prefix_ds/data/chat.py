@@ -112,20 +112,42 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """All turns but the last of a field that holds a conversation."""
+class _Messages:
+    """A field that holds a whole conversation, the last turn of which is the assistant's."""
 
     field: str
-    chat: Chat
-    key: str = "data.messages"
+    key = "data.messages"  # where run.yaml has it
 
     def check(self, known: Collection[str], source: str) -> None:
         """As `Template.check`."""
-        _field(self.field).check(known, source)
+        Template(self.key, (("", self.field),)).check(known, source)
+
+    def turns(self, record: dict[str, Any], source: str) -> list[dict[str, Any]]:
+        """Two or more, a text each. Raises DataError."""
+        self.check(record, source)
+        turns, where = record[self.field], f"{self.key}: {source}: the field {self.field!r}"
+        if not isinstance(turns, list) or len(turns) < 2:
+            raise DataError(f"{where}: expected a list of two turns or more")
+        for number, turn in enumerate(turns, start=1):
+            texts = [turn.get(name) for name in ("role", "content")] if isinstance(turn, dict) else [None]
+            if not all(isinstance(text, str) and is_unicode(text) for text in texts):
+                raise DataError(f"{where}: turn {number}: expected an object with texts `role` and `content`")
+        if turns[-1]["role"] != "assistant":
+            raise DataError(
+                f"{where}: the last turn is of {turns[-1]['role']!r}; expected 'assistant', to learn"
+            )
+        return turns
+
+
+@dataclass(frozen=True)
+class Conversation(_Messages):
+    """All turns but the last, up to where the last begins."""
+
+    chat: Chat
 
     def text(self, record: dict[str, Any], source: str) -> str:
         """What is read before the last answer. Raises DataError."""
-        return self.chat.written(_turns(record, self.field, source)[:-1], source)
+        return self.chat.written(self.turns(record, source)[:-1], source)
 
     @property
     def rules(self) -> tuple[Any, ...]:
@@ -134,40 +156,14 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class LastTurn:
-    """The last turn of a field that holds a conversation, which must be the assistant's."""
-
-    field: str
-    key: str = "data.messages"
-
-    def check(self, known: Collection[str], source: str) -> None:
-        """As `Template.check`."""
-        _field(self.field).check(known, source)
+class LastTurn(_Messages):
+    """The last turn's text."""
 
     def texts(self, record: dict[str, Any], source: str) -> list[str]:
         """What is learnt. Raises DataError."""
-        return [_turns(record, self.field, source)[-1]["content"]]
+        return [self.turns(record, source)[-1]["content"]]
 
     @property
     def rules(self) -> tuple[Any, ...]:
         """What its texts depend on, beside the record."""
         return (self.field,)
-
-
-def _field(name: str) -> Template:
-    return Template("data.messages", (("", name),))
-
-
-def _turns(record: dict[str, Any], field: str, source: str) -> list[dict[str, Any]]:
-    """Raises DataError for what is no conversation with an answer at its end."""
-    _field(field).check(record, source)
-    turns, where = record[field], f"data.messages: {source}: the field {field!r}"
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise DataError(f"{where}: expected a list of two turns or more")
-    for number, turn in enumerate(turns, start=1):
-        texts = [turn.get(name) for name in ("role", "content")] if isinstance(turn, dict) else [None]
-        if not all(isinstance(text, str) and is_unicode(text) for text in texts):
-            raise DataError(f"{where}: turn {number}: expected an object with texts `role` and `content`")
-    if turns[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the last turn is of {turns[-1]['role']!r}; expected 'assistant', to learn")
-    return turns
