@@ -14,6 +14,7 @@ from prefix_ds.engine.sharding import sharded
 from prefix_ds.errors import ConfigError, ModelError
 from prefix_ds.int8 import product, quantised
 from prefix_ds.int8.activations import times_rows_in_int8
+from prefix_ds.int8.experts import _run, stacks_of
 from prefix_ds.int8.modules import Int8Linear
 from prefix_ds.int8.product import product_of, times_columns, times_rows
 from prefix_ds.loading import load_base
@@ -286,6 +287,29 @@ def test_the_order_of_modules_does_not_depend_on_where_tokens_go(folders, family
         orders.append(list(order))
     assert any(name.endswith("act_fn") for name in orders[0])
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_gradient_of_a_layer_does_not_pass_all_tokens_once_for_each_expert(folders, family):
+    """Rows cut out one by one would: the gradient of a slice is as large as what it was cut from."""
+    base = load_base(keys(folders / family, 8))
+    module = next(module for module in base.modules() if stacks_of(module))
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, torch.nn.Parameter(kept(parameter), requires_grad=False))
+    stack_NRK = getattr(module, stacks_of(module)[0])
+    hidden_TE = torch.randn(12, stack_NRK.shape[2], dtype=base.dtype, requires_grad=True)
+    index_TK = torch.arange(24).view(12, 2) % len(stack_NRK)
+    called = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        _run(module, hidden_TE, index_TK, torch.ones(12, 2, dtype=hidden_TE.dtype)).sum().backward()
+    assert hidden_TE.grad is not None
+    assert not [name for name in called if "slice_backward" in name]
 
 
 def answers(folder, families, bits, recompute=False, outliers=None):

@@ -9,7 +9,6 @@ tokens go. Experts of a family with code of its own stay in 16 bits.
 Knows nothing of how a model is taken apart.
 """
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,11 +50,11 @@ def _projected(module: Any, name: str, x_SK: Tensor, counts: dict[int, int]) -> 
     """Rows, sorted by expert, times their expert's weight; rows of no expert are left out."""
     times = times_columns if module.is_transposed else times_rows
     stack, scale = getattr(module, name), getattr(module, name + SCALE)
-    ends = accumulate(counts.values())
+    rows = x_SK.split([*counts.values(), len(x_SK) - sum(counts.values())])  # a slice's gradient is whole
     parts = []
-    for (expert, count), end in zip(counts.items(), ends, strict=True):
+    for (expert, count), x_MK in zip(counts.items(), rows[:-1], strict=True):
         if count:
-            y = times(x_SK[end - count : end], stack, scale, expert)
+            y = times(x_MK, stack, scale, expert)
             parts.append(y + getattr(module, name + "_bias")[expert] if module.has_bias else y)
     return torch.cat(parts)
 
