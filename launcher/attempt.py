@@ -11,8 +11,7 @@ from dataclasses import asdict, replace
 from launcher import wire
 from launcher.agent import Agent
 from launcher.command import Team, teams
-from launcher.ends import End
-from launcher.node import SETTLE_SECONDS
+from launcher.ends import SETTLE_SECONDS, End
 from launcher.survey import is_loopback
 from prefix_ds.errors import LaunchError
 

@@ -24,6 +24,7 @@ from prefix_ds.errors import (
 )
 
 LIFT = 200
+SETTLE_SECONDS = 5.0  # after one rank's end, for the others to say why they end
 _BY_SIGNAL = 128  # shells' way to tell a signal in an exit code
 
 

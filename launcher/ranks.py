@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from launcher import survey
 from launcher.command import Team, rank_command, rank_environment
 from launcher.ends import End
 
@@ -51,6 +52,7 @@ class Ranks:
 
     async def run(self, environment: Mapping[str, str]) -> AsyncIterator[End]:
         """Starts all; gives the end of each, in the order in which they end."""
+        environment = _with_interface(environment, self._team)
         for number in self._team.ranks():
             process = await self._started(number, environment)
             self._ranks.append(_Rank(number, process))
@@ -109,6 +111,12 @@ class Ranks:
         while self._living() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.kill()
+
+
+def _with_interface(environment: Mapping[str, str], team: Team) -> dict[str, str]:
+    """gloo takes the interface of the host's own name, which often is the loopback."""
+    name = survey.interface_towards(team.master) if team.is_spread else None
+    return ({"GLOO_SOCKET_IFNAME": name} if name else {}) | dict(environment)
 
 
 def _path(environment: Mapping[str, str]) -> str:

@@ -122,7 +122,7 @@ def test_a_users_mistake_ends_the_job_at_once(claim, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_STOPPED), (None, EXIT_PEER)])
 def test_a_pod_that_waits_for_the_first_one_is_no_users_mistake(number, code):
-    program = "import launcher.node as node; node._NAME_SECONDS = 3; node.main()"
+    program = "from launcher import alone, node; alone._NAME_SECONDS = 3; node.main()"
     words = ["--nodes=2", "--node=1", "--master=nowhere.invalid:29500", "--", "train", "run.yaml"]
     waiting = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
     while number is not None and waiting.poll() is None and not catches(waiting.pid, number):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import conductor, node, survey
+from launcher import conductor, ordered, survey
 from launcher import ranks as ranks_module
 from launcher.attempt import Attempt
 from launcher.command import Team, rank_environment, teams
@@ -195,7 +195,7 @@ def test_ranks_are_told_how_many_gpus_must_be_there(monkeypatch, gpus, team, vis
     """`joined_world` refuses what torch cannot use. No GPU is needed to see what it is told."""
     monkeypatch.setattr(survey, "gpus", lambda: ["H100"] * gpus)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    told = rank_environment(node._counting_on_gpus(team, environment), 0)
+    told = rank_environment(ordered._counting_on_gpus(team, environment), 0)
     assert told.get("PREFIX_DS_GPUS", "0") == str(counted)
 
 
