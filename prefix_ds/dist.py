@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from prefix_ds.errors import ConfigError, PeerLost, PrefixError, Stopped, Teller
 from prefix_ds.faults import device_may_fail
@@ -101,8 +101,12 @@ def has_gpu() -> bool:
 
 
 @contextlib.contextmanager
-def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
-    """The world, with a process group for as long as the block lasts. Every rank calls this."""
+def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> Iterator[World]:
+    """The world, with a process group for as long as the block lasts. Every rank calls this.
+
+    A rank that is later than `timeout_minutes` at a sum is lost. Where one prepares what all need (it loads
+    from a hub, tokenises, reads a checkpoint), the others wait for `patience_minutes`, or until it dies.
+    """
     import torch
     import torch.distributed as group
 
@@ -129,6 +133,8 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
             rank=rank if alone else -1,
             world_size=size if alone else -1,
         )
+        if size > 1:
+            _patient.append(group.new_group(backend="gloo", timeout=timedelta(minutes=patience_minutes)))
     try:
         with device_may_fail(f"rank {rank} ({device} of {socket.gethostname()})"):
             _check_alike(device)
@@ -136,6 +142,10 @@ def joined_world(timeout_minutes: float = 30) -> Iterator[World]:
     finally:
         if sys.exc_info()[0] in (None, Stopped):  # after an error a peer may be gone: a farewell would wait
             group.destroy_process_group()
+        _patient.clear()
+
+
+_patient: list[Any] = []  # the group of those that wait for one of them
 
 
 def _check_gpus(local_size: int) -> None:
@@ -255,7 +265,7 @@ def from_first(value: Answer) -> Answer:
     box = [value]
     with peers_may_die():
         if group.get_world_size() > 1:
-            group.broadcast_object_list(box)
+            group.broadcast_object_list(box, group=_patient[0])
     return box[0]
 
 
@@ -266,7 +276,7 @@ def gathered(value: Answer) -> list[Answer]:
     boxes: list[Answer] = [value] * group.get_world_size()
     with peers_may_die():
         if group.get_world_size() > 1:
-            group.all_gather_object(boxes, value)
+            group.all_gather_object(boxes, value, group=_patient[0])
     return boxes
 
 

@@ -111,6 +111,7 @@ def hold_alone(path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+    os.register_at_fork(after_in_child=lambda: os.close(handle))  # a child that outlives us would hold it
     return True
 
 

@@ -21,7 +21,7 @@ _NUMBERS, _ROUNDS = 2**22, 3  # 16 MiB of float32
 
 def links() -> None:
     """Prints one line of JSON from the first rank: MB/s. Every rank calls this. Raises PeerLost."""
-    with joined_world(timeout_minutes=2) as world, peers_may_die():
+    with joined_world(timeout_minutes=2, patience_minutes=2) as world, peers_may_die():
         found = _measured(world)
     if world.is_first:
         print(json.dumps(found), flush=True)  # noqa: T201

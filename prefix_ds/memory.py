@@ -31,21 +31,25 @@ from prefix_ds.run_folder import RunFolder
 class RunMemory:
     """The memory of one run, in its folder. Every rank calls each method."""
 
-    def __init__(self, folder: RunFolder, world: World, config: RunConfig) -> None:
-        """Keeps `run.keep` checkpoints; the result is a prefix or a model, as `train.method` says."""
-        self.folder, self.world, self.keep = folder, world, config.run.keep
+    def __init__(self, folder: RunFolder, world: World, config: RunConfig, data: str) -> None:
+        """Keeps `run.keep` checkpoints; the result is a prefix or a model, as `train.method` says.
+
+        `data` is a digest of what is trained on: a run goes on with the same.
+        """
+        self.folder, self.world, self.keep, self.data = folder, world, config.run.keep, data
         self.result = folder.prefix if config.train.method == "prefix" else folder.model
 
     def save(self, engine: Engine, progress: Progress) -> None:
         """Writes a checkpoint; older ones beyond `keep` go. Raises RunError."""
-        state = {"progress": asdict(progress), "ranks": self.world.size if engine.every_rank_saves else None}
+        ranks = self.world.size if engine.every_rank_saves else None
+        state = {"progress": asdict(progress), "ranks": ranks, "data": self.data}
         if engine.every_rank_saves:
             self._save_by_all(engine, progress.step, state)
         else:
             on_first(
                 self.world, lambda: save_checkpoint(self.folder.path, progress.step, engine.tensors(), state)
             )
-        on_first(self.world, lambda: prune(self.folder.path, self.keep))
+        on_first(self.world, lambda: prune(self.folder.path, self.keep, progress.step))
 
     def save_result(self, engine: Engine, progress: Progress) -> None:
         """Writes the best result so far. Raises RunError."""
@@ -60,6 +64,7 @@ class RunMemory:
         if found is None:
             return Progress()
         self._refuse_other_world(found)
+        self._refuse_other_data(found)
         if engine.every_rank_saves:
             tensors = together(lambda: found.tensors(name=self._file()))
         else:
@@ -83,4 +88,12 @@ class RunMemory:
             raise RunError(
                 f"{found.folder}: was written by {ranks} ranks, here are {self.world.size}: "
                 "a run with train.method full or pretrain goes on only on as many ranks"
+            )
+
+    def _refuse_other_data(self, found: Checkpoint) -> None:
+        if found.state.get("data", self.data) != self.data:
+            raise RunError(
+                f"{found.folder}: data.train has other examples now than this run was trained on (changed "
+                "files, a hub id without a revision, another tokenizer): put them back, or choose another "
+                "run.folder"
             )

@@ -20,7 +20,7 @@ from torch import nn
 from prefix_ds import __version__
 from prefix_ds.config import RunConfig
 from prefix_ds.data.ahead import Ahead
-from prefix_ds.data.examples import Examples, load_examples, source_of
+from prefix_ds.data.examples import Examples, check_ids, load_examples, source_of
 from prefix_ds.data.packing import Limits
 from prefix_ds.data.prompts import Prompt, read_prompts
 from prefix_ds.data.stream import Stream, Sweep
@@ -104,7 +104,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
     on_first(world, lambda: _write_settings(folder, trained.base.settings))
-    memory = RunMemory(folder, world, config)
+    if len(tokenizer) > trained.lm.vocab_size:
+        together(lambda: check_ids(examples.values(), trained.lm.vocab_size))
+    memory = RunMemory(folder, world, config, examples["train"].digest)
     start = memory.restore(trained.engine)
     limits = limits_for(trained.lm, config)
     stream = Stream(examples["train"], limits, config.train, world)

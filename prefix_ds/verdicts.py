@@ -48,7 +48,8 @@ class Verdict(_Kept):
 
 def verdict_files(run: Path) -> dict[str, Path]:
     """By name (test, test.bare), in the order of names."""
-    return {path.name.removesuffix(".json"): path for path in sorted((run / "evaluate").glob("*.json"))}
+    found = sorted((run / "evaluate").glob("[!.]*.json"))  # a dot: one that is being written, or was left
+    return {path.name.removesuffix(".json"): path for path in found}
 
 
 def read_verdicts(run: Path) -> dict[str, Verdict]:

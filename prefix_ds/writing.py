@@ -127,7 +127,7 @@ def _continued(
     writer: Writer, prompts: Sequence[Prompt], batch: Sequence[int], keys: GenerateKeys, *, is_synced: bool
 ) -> list[str]:
     tokenizer = writer.tokenizer
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    end = tokenizer.eos_token_id
     torch.manual_seed(_seed(keys, batch[0]))  # of beams, which transformers samples
     outputs = writer.lm.generate(
         [list(prompts[n].ids) for n in batch],
@@ -139,7 +139,7 @@ def _continued(
         top_p=keys.top_p,
         seeds=[_seed(keys, n) for n in batch],
         eos_ids=[] if end is None else [end],
-        pad_id=next(token for token in (pad, end, 0) if token is not None),
+        pad_id=0 if end is None else end,  # a tokenizer's own may have no row in the embedding
         synced=is_synced,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]

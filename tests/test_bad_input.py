@@ -127,6 +127,10 @@ STAGE = {"stage": 3}
             {"zero_optimization": STAGE | {"zero_hpz_partition_size": 2}},
             "zero_optimization.zero_hpz_partition_size: not verified, leave it out",
         ),
+        (
+            {"zero_optimization": STAGE | {"offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer: not verified, leave it out",
+        ),
         ({"zero_optimization": 3}, "zero_optimization.stage: None: expected 3"),
         ([3], "expected an object, found list"),
         (

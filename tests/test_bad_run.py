@@ -45,6 +45,20 @@ def test_the_folder_of_another_run(place, run, size):
     assert ended.code == 0, "a key that says how the work is shown may differ"
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_does_not_go_on_with_other_data(place, run, tmp_path, size):
+    lines = Path(read_config(run / "run.yaml").data.train).read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    words = [f"data.train={tmp_path}/train.jsonl", f"run.folder={tmp_path}/again"]
+    for ended in command("train", place / "run.yaml", *words, size=size):
+        assert ended.code == 0, ended.err
+    before = {path: path.read_bytes() for path in (tmp_path / "again").rglob("*.safetensors")}
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, lines[0]]))
+    line = refusal("train", place / "run.yaml", *words, size=size, after_log=True)
+    assert "data.train has other examples now than this run was trained on" in line
+    assert before == {path: path.read_bytes() for path in (tmp_path / "again").rglob("*.safetensors")}
+
+
 def test_folders_that_cannot_be_a_run(place, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

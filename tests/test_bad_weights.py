@@ -16,7 +16,7 @@ from prefix_ds.engine import filling
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.errors import ModelError
-from prefix_ds.loading import load_base
+from prefix_ds.loading import load_base, vetted_config
 from prefix_ds.loading.tensor_file import TensorFile
 from tests.loaded import config_for, counting, numbers
 from tests.ranks import on_ranks
@@ -158,5 +158,6 @@ def test_a_checkpoint_quantised_another_way(tmp_path):
     (folder / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
     )
-    with pytest.raises(ModelError, match="its weights are stored as gptq; expected ordinary weights"):
-        load_base(config_for(folder).model)
+    for read in (vetted_config, load_base):  # `check` says it too
+        with pytest.raises(ModelError, match="its weights are stored as gptq; expected ordinary weights"):
+            read(config_for(folder).model)

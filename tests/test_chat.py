@@ -106,11 +106,27 @@ def test_a_long_conversation_loses_what_comes_after_its_opening(tmp_path, words)
     assert (cut, same) == ([*whole[: len(opening)], *whole[-5:]], target)
 
 
+def test_a_conversation_that_waits_for_an_answer_is_a_prompt(tmp_path, words):
+    data = data_of(tmp_path, TURNS)
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"turns": TURNS[1]}, {"turns": TURNS[1][:3]}])
+    whole, open_one = read_prompts(str(asked), "--input", data, words, 64, references=False)
+    assert whole.ids == open_one.ids
+    with pytest.raises(DataError, match=r":2: .*the last turn is of 'user'; expected 'assistant'"):
+        read_prompts(str(asked), "data.test", data, words, 64, references=True)
+
+
+def test_a_template_that_asks_for_the_day_is_told_one_day(tmp_path):
+    dated = chatting("{{ strftime_now('%d %b %Y') }} / {{ strftime_now(\"%Y\") }}\n" + CHATML)
+    fixed = chatting("01 Jan 2026 / 2026\n" + CHATML)
+    data = data_of(tmp_path, TURNS)
+    assert examples_of(data, dated) == examples_of(data, fixed)
+
+
 @pytest.mark.parametrize(
     ("turns", "said"),
     [
-        ("text", "expected a list of two turns or more"),
-        (TURNS[0][:1], "expected a list of two turns or more"),
+        ("text", "expected a list of turns"),
+        (TURNS[0][:1], "the last turn is of 'user'; expected 'assistant', to learn"),
         (TURNS[1][:3], "the last turn is of 'user'; expected 'assistant', to learn"),
         ([TURNS[0][0], "text"], "turn 2: expected an object with texts `role` and `content`"),
         (

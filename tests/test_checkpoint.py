@@ -24,6 +24,7 @@ from prefix_ds.checkpoint import (
     read_tensors,
     save_checkpoint,
     seal,
+    steps,
     write_tensors,
 )
 from prefix_ds.errors import RunError
@@ -166,13 +167,13 @@ def test_a_run_with_nothing_but_damage_is_refused(run: Path) -> None:
 def save_for_ever(run: Path, first: int) -> None:
     for step in itertools.count(first):
         save_checkpoint(run, step, tensors_of(step), {"position": step})
-        prune(run, keep=2)
+        prune(run, keep=2, step=step)
 
 
 def save_the_same_for_ever(run: Path, step: int) -> None:
     for position in itertools.count():
         save_checkpoint(run, step, tensors_of(position), {"position": position})
-        prune(run, keep=1)
+        prune(run, keep=1, step=step)
 
 
 def test_a_writer_killed_at_any_moment_costs_at_most_its_own_checkpoint(
@@ -258,9 +259,36 @@ def test_pruning_keeps_the_newest_and_never_nothing(tmp_path: Path, keep: int, l
     for step in range(1, 6):
         save_checkpoint(tmp_path, step, {}, {})
     (tmp_path / "checkpoints" / "notes").mkdir()  # not ours
-    prune(tmp_path, keep)
+    prune(tmp_path, keep, step=5)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["notes", *(f"step-{step:08d}" for step in left)]
+
+
+def test_pruning_counts_no_damaged_one_ahead_of_the_run(tmp_path: Path) -> None:
+    for step in (100, 200):
+        save_checkpoint(tmp_path, step, {}, {})
+    (tmp_path / "checkpoints" / "step-00000200" / "state.json").write_text("{")
+    save_checkpoint(tmp_path, 150, {}, {})
+    prune(tmp_path, 1, step=150)
+    assert (found := latest(tmp_path)) is not None
+    assert found.step == 150
+
+
+def test_one_that_cannot_be_read_is_not_taken_for_damaged(run: Path) -> None:
+    """Nobody is told to remove what a disk of the network, or a right, keeps from us for a while."""
+    newest = max(run.rglob("state.json"))
+    newest.unlink()
+    newest.mkdir()
+    with pytest.raises(RunError, match=rf"^{newest.parent}: cannot be read: Is a directory$"):
+        latest(run)
+
+
+def test_another_format_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "FORMAT", 2)
+    save_checkpoint(tmp_path, 1, {}, {})
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="has format 2, this version of prefix-ds reads 1"):
+        latest(tmp_path)
 
 
 def test_nothing_is_told_where_all_is_well(run: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -346,6 +346,7 @@ def test_files_that_are_broken_are_named(tmp_path: Path) -> None:
     run = made_run(tmp_path, "a")
     evaluated(run, "test", 1.0, {})
     (run / "evaluate" / "test.json").write_text('{"scores": {"a": 3}')
+    (run / "evaluate" / ".tmp-test.json").write_text("{")  # one that is being written
     with pytest.raises(RunError, match=r"evaluate/test\.json: is no evaluation: .*; evaluate again"):
         of_folders(run)
     (run / "facts.json").write_text("{")

@@ -26,7 +26,7 @@ from prefix_ds.data.ahead import Ahead, _thread, pinned
 from prefix_ds.data.batch import Document, Share
 from prefix_ds.data.collate import collate
 from prefix_ds.data.encode import encoder_of
-from prefix_ds.data.examples import Examples, load_examples, tokenise_split
+from prefix_ds.data.examples import Examples, check_ids, load_examples, tokenise_split
 from prefix_ds.data.hub import HubId, parse_hub_id
 from prefix_ds.data.order import Order
 from prefix_ds.data.prompts import prompt_of_text, read_prompts
@@ -35,6 +35,7 @@ from prefix_ds.data.stream import Stream, Sweep
 from prefix_ds.data.template import parse_template
 from prefix_ds.data.tokenise import Recipe
 from prefix_ds.errors import ConfigError, DataError, Stopped
+from tests.ranks import on_ranks
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 WORDS = [
@@ -301,6 +302,7 @@ def test_a_source_that_names_nothing_is_told(tmp_path, monkeypatch, source, said
 def test_a_hub_id_is_read_from_its_address():
     full = parse_hub_id("org/name-v1.0?split=train[:10%]&revision=main&config=de-en", "data.train", "train")
     assert full == HubId("org/name-v1.0", "train[:10%]", "main", "de-en")
+    assert parse_hub_id("org/name?split=train+test", "data.train", "train").split == "train+test"
     usual = {split: parse_hub_id("org/name", "data.x", split).split for split in ("train", "valid", "test")}
     assert usual == {"train": "train", "valid": "validation", "test": "test"}
 
@@ -884,7 +886,7 @@ def test_a_rank_without_work_runs_empty_micro_batches(tmp_path, tokenizer):
 
 def test_padding_belongs_to_no_document_and_stands_at_position_0():
     ids = {0: np.array([5, 6, 7], np.int32), 1: np.array([8, 9], np.int32), 2: np.array([4, 3], np.int32)}
-    batch = collate([[0, 1], [2]], ids, [2, 1, 1], pad_id=0)
+    batch = collate([[0, 1], [2]], ids, [2, 1, 1])
     assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
     assert batch.target_index_M.tolist() == [0, 1, 3, 5]
@@ -966,3 +968,30 @@ def test_load_examples_is_the_same_in_a_group_of_one(tmp_path, tokenizer, monkey
     with dist.joined_world() as alone:
         loaded = load_examples("train", data, tokenizer, alone)
     assert tokens_of(loaded) == tokens_of(tokenise_split("train", data, tokenizer))
+
+
+def test_a_token_that_the_base_has_not_is_told(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    examples = tokenise_split(
+        "train", DataKeys(train=str(path), prompt="{q}", target="{a}"), make_tokenizer()
+    )
+    largest = max(max(ids) for ids in examples.ids(range(len(examples))))
+    check_ids([examples], largest + 1)
+    with pytest.raises(
+        DataError, match=rf"^data\.train: has token {largest}, and the base has {largest}: is"
+    ):
+        check_ids([examples], largest)
+
+
+def examples_of_two_machines(folder):
+    with dist.joined_world() as world:
+        path = write_jsonl(folder / f"{world.rank}.jsonl", RECORDS[world.rank :])
+        data = DataKeys(train=str(path), prompt="{q}", target="{a}")
+        with pytest.raises(DataError) as caught:
+            load_examples("train", data, make_tokenizer(), replace(world, local_rank=0))
+        return str(caught.value)
+
+
+def test_machines_with_other_data_do_not_train_together(tmp_path):
+    for line in on_ranks(2, examples_of_two_machines, tmp_path):
+        assert line.startswith(f"data.train: {socket.gethostname()}: other examples than on ")

@@ -5,12 +5,13 @@ No GPU is here: its errors are made as torch makes them.
 
 import os
 import socket
+import time
 
 import pytest
 import torch
 
 from prefix_ds.config import config_text
-from prefix_ds.dist import joined_world, peers_may_die, tells
+from prefix_ds.dist import first_here_first, joined_world, peers_may_die, tells
 from prefix_ds.errors import EXIT_DEVICE, EXIT_PEER, EXIT_USER, ConfigError, DeviceLost, ModelError, PeerLost
 from prefix_ds.faults import device_may_fail
 from tests.ranks import command, on_ranks
@@ -108,6 +109,16 @@ def join_with(kinds):
     kind = kinds[int(os.environ["RANK"])]
     with joined_world():
         dist._check_alike(torch.device(kind))
+
+
+def late_preparation():
+    with joined_world(timeout_minutes=1 / 30) as world:
+        return first_here_first(world, lambda: time.sleep(4) or world.rank)
+
+
+def test_those_that_wait_for_a_rank_to_prepare_something_are_patient():
+    """Its work takes twice as long as a sum may be waited for."""
+    assert on_ranks(2, late_preparation) == [0, 1]
 
 
 def test_ranks_on_gpus_and_on_cpus_do_not_start_together():

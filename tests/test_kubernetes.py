@@ -620,7 +620,9 @@ def test_an_overlay_is_what_the_launcher_prints_with_its_options(overlay, same):
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted(K8S.glob("overlays/*")), K8S / "base", K8S / "mlflow"], ids=lambda p: p.name
+    "path",
+    [*sorted(K8S.glob("overlays/*")), K8S / "base", K8S / "mlflow", K8S / "shell"],
+    ids=lambda p: p.name,
 )
 def test_what_kustomize_renders_is_valid_and_restricted(path):
     manifests = rendered(path)

@@ -13,13 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.ends import lifted
 from launcher.slurm import backend
 from launcher.slurm.options import Resources, SlurmOptions, seconds_of
 from launcher.slurm.script import job_name, plan
 from launcher.spec import JobSpec
-from prefix_ds.config import parse_config
+from prefix_ds.config import config_text, parse_config
 from prefix_ds.errors import LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,6 +272,17 @@ def test_what_cannot_be_written_is_refused_in_one_line(changes, message):
         plan(SPEC, replace(HERE, **changes))
     assert str(refusal.value).startswith(message)
     assert "\n" not in str(refusal.value)
+
+
+def test_gpus_without_a_number_of_ranks_are_refused(tmp_path, monkeypatch):
+    """One rank would train on one of eight."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(config_text(CONFIG))
+    words = ["slurm", "run.yaml", "--sbatch=--gres=gpu:a100:8", "--dry-run"]
+    refused = CliRunner().invoke(app, words)
+    assert str(refused.exception).startswith("--sbatch=--gres=gpu:a100:8: how many ranks a node?")
+    written = CliRunner().invoke(app, [*words, "--ranks-per-node=8"], catch_exceptions=False)
+    assert "--ranks 8" in written.stdout
 
 
 @pytest.mark.parametrize(

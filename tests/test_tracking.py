@@ -113,6 +113,7 @@ def test_only_the_first_rank_writes(run: Path) -> None:
 SECRETS = [
     "http://bob:hunter2@host:5000/path",
     "https://bob:hun@ter2@host/",
+    "mlflow.uri=postgresql://bob:hun/ter2@host/db",
     "postgresql+psycopg2://bob:hunter2@db:5432/mlflow?sslmode=require",
     "mysql://host/db?user=bob&password=hunter2&x=1",
     "train run.yaml --hub-token hunter2 --verbose",

@@ -128,7 +128,7 @@ class KubernetesOptions:
     image_pull_secret: str | None = option("Secret for the image's registry")
     user_id: int = option("user and group that the pods run as", 10001)
     grace_seconds: int = option("for a checkpoint when a pod is stopped", 300)
-    restarts: int = option("how often all pods may fail", 3)
+    restarts: int = option("failures the job survives, times its pods; of all of them together", 3)
     queue: str | None = option("Kueue's queue to wait in")
     ttl_seconds: int | None = option("how long the ended job is kept; none: until it is cancelled")
     deadline_seconds: int | None = option("longest time of the job")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefix_ds.errors import LaunchError
+
 if TYPE_CHECKING:
     from launcher.slurm.options import SlurmOptions
     from launcher.slurm.script import SlurmPlan
@@ -20,7 +22,9 @@ Overrides = Annotated[
 ]
 Nodes = Annotated[int, typer.Option(help="machines")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node, with a rank for each")]
-Ranks = Annotated[int, typer.Option(help="of each node, where there are no GPUs")]
+Ranks = Annotated[
+    int | None, typer.Option(help="of each node, where --gpus-per-node does not say it; none: one")
+]
 Cpus = Annotated[int | None, typer.Option(min=1, help="cores of a node, for all its ranks; none: one a rank")]
 Memory = Annotated[str | None, typer.Option(help="of each node: 200G")]
 Time = Annotated[str | None, typer.Option(help="limit, as sbatch takes it: 4:00:00")]
@@ -53,7 +57,7 @@ def slurm(
     overrides: Overrides = None,
     nodes: Nodes = 1,
     gpus_per_node: Gpus = 0,
-    ranks_per_node: Ranks = 1,
+    ranks_per_node: Ranks = None,
     cpus_per_task: Cpus = None,
     memory: Memory = None,
     time: Time = None,
@@ -78,7 +82,8 @@ def slurm(
     from launcher.slurm.script import plan
     from launcher.spec import job_spec
 
-    ranks, names = gpus_per_node or ranks_per_node, env or []
+    _refuse_silent_gpus(sbatch or [], ranks_per_node or gpus_per_node)
+    ranks, names = gpus_per_node or ranks_per_node or 1, env or []
     spec = job_spec(
         run_file, overrides or [], num_nodes=nodes, ranks_per_node=ranks, variables=names, port=port
     )
@@ -86,6 +91,15 @@ def slurm(
     again = {"requeue": requeue, "max_requeues": max_requeues, "signal_seconds": signal_seconds}
     lines = {"setup": tuple(setup or ()), "sbatch": tuple(sbatch or ()), "srun": tuple(srun or ())}
     _show_or_submit(plan(spec, _options(spec, logs, python, ask=ask, **again, **lines)), dry_run)
+
+
+def _refuse_silent_gpus(words: list[str], num_ranks: int) -> None:
+    """Raises LaunchError where a node has GPUs and nobody says how many ranks are to use them."""
+    for word in words:
+        if not num_ranks and word.startswith(("--gres=gpu", "--gpus", "-G")):
+            raise LaunchError(
+                f"--sbatch={word}: how many ranks a node? Say --ranks-per-node (one for each GPU)"
+            )
 
 
 def _options(spec: "JobSpec", logs: Path | None, python: str | None, **others: Any) -> "SlurmOptions":

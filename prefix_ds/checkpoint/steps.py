@@ -105,23 +105,29 @@ def discard(run: Path, step: int) -> None:
 def latest(run: Path) -> Checkpoint | None:
     """The newest checkpoint that is complete; None if the run has none yet.
 
-    A damaged one is skipped with a warning. Raises RunError if all are. Reads every byte of the one it
-    returns, so call it on one rank.
+    A damaged one is skipped with a warning. Raises RunError if all are, for one that cannot be read and for
+    one of another format. Reads every byte of the one it returns, so call it on one rank.
     """
     folders = _folders(run)
     for folder in reversed(folders):
         try:
             return _opened(folder)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             log.warning("%s is damaged and skipped: %s", folder, error)
+        except OSError as error:  # rights, or a network's disk: it may be whole
+            raise RunError(f"{folder}: cannot be read: {error.strerror or error}") from None
     if folders:
         raise RunError(f"{run / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew")
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints. Call it after a save, when the newest is known good."""
-    for folder in _folders(run)[: -max(1, keep)]:
+def prune(run: Path, keep: int, step: int) -> None:
+    """Removes all but `keep` checkpoints up to that of `step`, which has just been saved and is good.
+
+    Later ones are damaged, or the run would have gone on from there; they are replaced when it gets there.
+    """
+    until = [folder for folder in _folders(run) if _step_of(folder) <= step]
+    for folder in until[: -max(1, keep)]:
         doomed = folder.with_name(TEMPORARY + folder.name)
         with telling_disk_errors(folder):
             folder.rename(doomed)  # first, so that a kill in between leaves no damaged checkpoint
@@ -138,6 +144,11 @@ def _folders(run: Path) -> list[Path]:
     return [p for _, p in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
 
 
+def _step_of(folder: Path) -> int:
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else -1
+
+
 def _state_text(step: int, files: Iterable[FileDigest], state: Mapping[str, Any]) -> str:
     body = {"format": FORMAT, "step": step, "files": [asdict(f) for f in files], "state": dict(state)}
     return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
@@ -148,16 +159,15 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _opened(folder: Path) -> Checkpoint:
-    """Raises OSError or ValueError that says what is wrong with the folder."""
+    """Raises OSError or ValueError that says what is wrong with the folder; RunError for another format."""
     body = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if not isinstance(body, dict) or body.pop("sha256", None) != _digest(body):
         raise ValueError(f"{_STATE} is not as it was written")
     if body["format"] != FORMAT:
-        raise ValueError(f"{_STATE} has format {body['format']}, this version reads {FORMAT}")
+        raise RunError(f"{folder}: has format {body['format']}, this version of prefix-ds reads {FORMAT}")
     for expected in (FileDigest(**fields) for fields in body["files"]):
         _check_file(folder / expected.name, expected)
-    name = _NAME.fullmatch(folder.name)
-    if name is None or int(name[1]) != body["step"]:
+    if _step_of(folder) != body["step"]:
         raise ValueError(f"it is the checkpoint of step {body['step']}")
     return Checkpoint(folder, body["step"], body["state"])
 

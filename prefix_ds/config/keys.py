@@ -111,7 +111,7 @@ class DataKeys(Section):
         None, "files (.jsonl .csv .parquet .txt, globs) or a hub id, as ORG/NAME?split=train"
     )
     valid: str | list[str] | None = key(None, "files or a hub id, for validation")
-    test: str | list[str] | None = key(None, "files or a hub id, for the final scores")
+    test: str | list[str] | None = key(None, "files or a hub id, for the final scores", free=True)
     prompt: str = key("", "what the model reads; {field} is replaced by the record's field")
     target: str = key(
         "{text}", "what it learns to write; a field that holds a list makes one example an entry"
@@ -208,7 +208,9 @@ class EvaluateKeys(Section):
     """How outputs are scored, by `prefix-ds evaluate` and while training."""
 
     scores: list[Literal["rouge", ScoreName]] | None = key(
-        None, "scores of outputs, rouge being three of them; empty: those of data.task, else none", free=True
+        None,
+        "scores of outputs, rouge being three of them; null: those of data.task, else none; []: none",
+        free=True,
     )
     every: int = key(0, "steps between two evaluations while training, by these scores; 0: none", ge=0)
     sample: int = key(64, "records of data.valid they write for, drawn with train.seed", ge=1)

@@ -5,10 +5,14 @@ data.messages a field of the record holds a whole conversation, the last turn of
 the prompt is the conversation up to where the answer begins, special tokens included, and the answer ends
 with the token that ends a turn, which is not every tokenizer's end of a text.
 
-The template is a program (Jinja) that comes with the tokenizer; transformers runs it in a sandbox. Knows
-nothing of lengths and files.
+The template is a program (Jinja) that comes with the tokenizer; transformers runs it in a sandbox. Where it
+writes the day's date, it writes one and the same day: what is trained on Monday is asked on Thursday.
+
+Knows nothing of lengths and files.
 """
 
+import datetime
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +25,8 @@ from prefix_ds.errors import DataError, is_unicode
 Turn = Mapping[str, Any]
 
 _MARK = "(content)"
+_DAY = datetime.date(2026, 1, 1)
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,21 @@ class Chat:
         """The turns as one text, and the beginning of an answer. Raises DataError where that cannot be."""
         try:
             text: str = self.tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=is_open, **self.options
+                list(turns),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=is_open,
+                **self.options,
             )
         except Exception as error:  # Jinja's, the library's, or whatever the template itself raises
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"data.chat: {source}: the chat template cannot write it: {said}") from None
         return text
+
+    @cached_property
+    def _template(self) -> str:
+        own: str = self.tokenizer.get_chat_template()
+        return _TODAY.sub(lambda found: repr(_DAY.strftime(found["format"])), own)
 
     @cached_property
     def opening(self) -> str:
@@ -62,7 +77,7 @@ class Chat:
     @property
     def rules(self) -> tuple[Any, ...]:
         """What its texts depend on, beside the turns."""
-        return self.tokenizer.chat_template, sorted(self.options.items())
+        return self._template, sorted(self.options.items())
 
 
 def chat_of(tokenizer: Any, data: DataKeys) -> Chat | None:
@@ -123,31 +138,34 @@ class _Messages:
         Template(self.key, (("", self.field),)).check(known, source)
 
     def turns(self, record: dict[str, Any], source: str) -> list[dict[str, Any]]:
-        """Two or more, a text each. Raises DataError."""
+        """A text each. Raises DataError."""
         self.check(record, source)
-        turns, where = record[self.field], f"{self.key}: {source}: the field {self.field!r}"
-        if not isinstance(turns, list) or len(turns) < 2:
-            raise DataError(f"{where}: expected a list of two turns or more")
+        turns, where = record[self.field], self._place(source)
+        if not isinstance(turns, list) or not turns:
+            raise DataError(f"{where}: expected a list of turns")
         for number, turn in enumerate(turns, start=1):
             texts = [turn.get(name) for name in ("role", "content")] if isinstance(turn, dict) else [None]
             if not all(isinstance(text, str) and is_unicode(text) for text in texts):
                 raise DataError(f"{where}: turn {number}: expected an object with texts `role` and `content`")
-        if turns[-1]["role"] != "assistant":
-            raise DataError(
-                f"{where}: the last turn is of {turns[-1]['role']!r}; expected 'assistant', to learn"
-            )
         return turns
+
+    def _place(self, source: str) -> str:
+        return f"{self.key}: {source}: the field {self.field!r}"
 
 
 @dataclass(frozen=True)
 class Conversation(_Messages):
-    """All turns but the last, up to where the last begins."""
+    """What is read before an answer: all turns, but for one of the assistant's at the end."""
 
     chat: Chat
 
     def text(self, record: dict[str, Any], source: str) -> str:
-        """What is read before the last answer. Raises DataError."""
-        return self.chat.written(self.turns(record, source)[:-1], source)
+        """The text. Raises DataError."""
+        turns = self.turns(record, source)
+        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if not asked:
+            raise DataError(f"{self._place(source)}: expected a turn before the assistant's")
+        return self.chat.written(asked, source)
 
     @property
     def rules(self) -> tuple[Any, ...]:
@@ -161,7 +179,12 @@ class LastTurn(_Messages):
 
     def texts(self, record: dict[str, Any], source: str) -> list[str]:
         """What is learnt. Raises DataError."""
-        return [self.turns(record, source)[-1]["content"]]
+        last = self.turns(record, source)[-1]
+        if last["role"] != "assistant":
+            raise DataError(
+                f"{self._place(source)}: the last turn is of {last['role']!r}; expected 'assistant', to learn"
+            )
+        return [last["content"]]
 
     @property
     def rules(self) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 A document of prompt length p and total length n that starts at column o has its targets predicted at the
 columns o+p-1 ... o+n-2, one before each: the columns of one document never predict the first token of the
-next. What is left of a row is padding, all of it at position 0.
+next. What is left of a row is padding, all of it at position 0: token 0, which every base has, where a
+tokenizer's own padding may have no row in the embedding.
 
 Of the widths that rows may have there are few, for at most a thirty-second of padding. A CPU's matrix product
 is compiled for its shape, and oneDNN keeps a megabyte of each; of rows that just hold their documents hardly
@@ -29,13 +30,12 @@ def collate(
     rows: Sequence[Sequence[int]],
     ids: Mapping[int, NDArray[np.int32]],
     num_targets: Sequence[int] | Ints,
-    pad_id: int,
 ) -> Batch:
     """One micro-batch; `rows` holds indices into `ids` and `num_targets`. No rows make an empty batch."""
     if not rows:
-        return empty_batch(pad_id)
+        return empty_batch()
     widths = [sum(len(ids[document]) for document in row) for row in rows]
-    ids_BT = np.full((len(rows), _width(max(widths))), pad_id, dtype=np.int64)
+    ids_BT = np.zeros((len(rows), _width(max(widths))), dtype=np.int64)
     positions_BT = np.zeros_like(ids_BT)
     is_target_BT = np.zeros(ids_BT.shape, dtype=bool)
     documents = []
@@ -57,9 +57,9 @@ def _width(num_tokens: int) -> int:
     return math.ceil(num_tokens / step) * step
 
 
-def empty_batch(pad_id: int) -> Batch:
+def empty_batch() -> Batch:
     """What a rank runs when it has nothing left and others do: two tokens, no target."""
-    ids_BT = np.full((1, 2), pad_id, dtype=np.int64)
+    ids_BT = np.zeros((1, 2), dtype=np.int64)
     return _batch(ids_BT, np.array([[0, 1]]), np.zeros(0, dtype=np.int64), [Document(0, 0, 2)], 0)
 
 

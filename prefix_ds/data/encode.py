@@ -51,7 +51,6 @@ class Encoder:
     behind: int  # and behind
     start: int | None  # what an empty prompt becomes
     eos: int | None
-    pad: int
 
     def prompts(self, texts: list[str]) -> list[Ids]:
         """Ids of prompts, none of them empty. Raises DataError where an empty one has no start token."""
@@ -122,7 +121,7 @@ class Encoder:
 def encoder_of(tokenizer: Any, chat: Chat | None) -> Encoder:
     """Learns by trying what a tokenizer puts around a text, or its chat template before a first turn."""
     front, behind = _around(tokenizer) if chat is None else _around_turns(tokenizer, chat)
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return Encoder(
         tokenizer=tokenizer,
         chat=chat,
@@ -130,7 +129,6 @@ def encoder_of(tokenizer: Any, chat: Chat | None) -> Encoder:
         behind=behind,
         start=_first(bos, eos),
         eos=eos,
-        pad=_first(pad, eos, 0),  # type: ignore[arg-type]  # 0 is there at the end
     )
 
 

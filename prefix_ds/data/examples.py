@@ -6,9 +6,12 @@ of targets, which order and packing need, are numpy arrays.
 Knows nothing of batches, ranks' shares and models.
 """
 
+import hashlib
 import itertools
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,12 +64,18 @@ class Examples:
     num_targets: Ints  # its last tokens, which are predicted
     record_of: Ints  # the record each was made from
     report: Report
-    pad_id: int
     _table: Any  # datasets.Dataset of ids, formatted as arrow
     _rows: Ints  # the table's row of each example
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what order and packing follow from; the ids themselves are not read."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        digest.update(self.num_targets.tobytes())
+        return digest.hexdigest()
 
     def ids(self, indices: Sequence[int] | Ints) -> list[NDArray[np.int32]]:
         """The ids of some examples, prompt and target; views of one buffer."""
@@ -74,13 +83,42 @@ class Examples:
         flat, borders = column.values.to_numpy(), column.offsets.to_numpy()
         return [flat[start:end] for start, end in itertools.pairwise(borders)]
 
+    def largest_id(self) -> int:
+        """Reads all of them."""
+        import pyarrow.compute as pc
+
+        return max(pc.max(chunk.flatten()).as_py() or 0 for chunk in self._table[:].column("ids").chunks)
+
+
+def check_ids(splits: Iterable[Examples], vocab_size: int) -> None:
+    """Raises DataError for a token that the base has not. Reads every id."""
+    for examples in splits:
+        if (largest := examples.largest_id()) >= vocab_size:
+            raise DataError(
+                f"{examples.records.key}: has token {largest}, and the base has {vocab_size}: is the "
+                "tokenizer the base's own?"
+            )
+
 
 def load_examples(split: str, data: DataKeys, tokenizer: Any, world: dist.World) -> Examples:
     """The examples of data.train, data.valid or data.test; the node's first rank makes what is not cached.
 
     Every rank calls this. Raises DataError and ConfigError, on all ranks alike.
     """
-    return dist.first_here_first(world, lambda: tokenise_split(split, data, tokenizer))
+    examples = dist.first_here_first(world, lambda: tokenise_split(split, data, tokenizer))
+    dist.together(lambda: _refuse_other_machines(split, examples.digest))
+    return examples
+
+
+def _refuse_other_machines(split: str, digest: str) -> None:
+    """Ranks deal parts of one order: with other examples they would train on parts of two."""
+    found = dist.gathered((socket.gethostname(), digest))
+    others = sorted({host for host, theirs in found if theirs != found[0][1]})
+    if others:
+        raise DataError(
+            f"data.{split}: {', '.join(others)}: other examples than on {found[0][0]}: the same files, "
+            "revisions and tokenizer are needed everywhere"
+        )
 
 
 def tokenise_split(split: str, data: DataKeys, tokenizer: Any) -> Examples:
@@ -92,7 +130,7 @@ def tokenise_split(split: str, data: DataKeys, tokenizer: Any) -> Examples:
     records = read_records(source, f"data.{split}")
     for template in (recipe.prompt, recipe.target):
         template.check(records[0], records.place(0))
-    return _examples(split, records, tokenised(records, recipe, data.workers), recipe.encoder.pad)
+    return _examples(split, records, tokenised(records, recipe, data.workers))
 
 
 def source_of(split: str, data: DataKeys) -> Source:
@@ -103,7 +141,7 @@ def source_of(split: str, data: DataKeys) -> Source:
     return source
 
 
-def _examples(split: str, records: Records, table: Any, pad_id: int) -> Examples:
+def _examples(split: str, records: Records, table: Any) -> Examples:
     columns = table.with_format("arrow")[:]
     fates = columns.column("fate").to_numpy()
     rows = np.flatnonzero(fates != Fate.DROPPED)
@@ -117,7 +155,6 @@ def _examples(split: str, records: Records, table: Any, pad_id: int) -> Examples
         num_targets=num_targets,
         record_of=columns.column("record").to_numpy()[rows],
         report=_report(split, lengths, num_targets, fates),
-        pad_id=pad_id,
         _table=table.select_columns("ids").with_format("arrow"),
         _rows=rows,
     )

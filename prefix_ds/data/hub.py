@@ -43,6 +43,7 @@ def parse_hub_id(text: str, key: str, split: str) -> HubId | None:
     name, question, query = text.partition("?")
     if not _NAME.fullmatch(name) or (question and "=" not in query):
         return None
+    query = query.replace("+", "%2B")  # not a blank: split=train+test
     given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     for parameter, value in given.items():
         if parameter not in _PARAMETERS:
@@ -58,12 +59,23 @@ def load_from_hub(hub_id: HubId, key: str) -> Any:
 
     try:
         with quiet_library():
-            return datasets.load_dataset(
+            found = datasets.load_dataset(
                 hub_id.name, name=hub_id.config, revision=hub_id.revision, split=hub_id.split
             )
+            return _without_media(found)
     except Exception as error:  # the library raises anything from OSError to its scripts' own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{key}: {hub_id}: no such file here, nor can the hub give it: {reason}") from None
+
+
+def _without_media(dataset: Any) -> Any:
+    """Text is all that is wanted; to decode a sound takes packages that may be missing."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Audio | datasets.Image | datasets.Video):
+            dataset = dataset.remove_columns(name)
+    return dataset
 
 
 def hub_rows(dataset: Any) -> Iterator[tuple[int, str]]:

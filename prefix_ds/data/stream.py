@@ -85,7 +85,7 @@ def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Sha
     wanted = [document for rows in own for row in rows for document in row]
     ids = dict(zip(wanted, examples.ids(batch[wanted]), strict=True)) if wanted else {}
     return Share(
-        micro_batches=tuple(collate(rows, ids, num_targets, examples.pad_id) for rows in own),
+        micro_batches=tuple(collate(rows, ids, num_targets) for rows in own),
         global_targets=int(num_targets.sum()),
         global_tokens=int(lengths.sum()),
         num_examples=len(batch),

@@ -43,7 +43,10 @@ def load_tokenizer(keys: ModelKeys, data: DataKeys) -> Any:
     where = place("model.tokenizer" if keys.tokenizer else "model.name", name)
     with library_errors(f"{where}: has no tokenizer that can be loaded (model.tokenizer can name another)"):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=keys.revision, trust_remote_code=keys.trust_remote_code
+            name,
+            revision=keys.revision,
+            trust_remote_code=keys.trust_remote_code,
+            mistral_format=False,  # mistral-common's, where it is installed, has another interface
         )
     return end_with_turns(tokenizer, data)
 

@@ -25,9 +25,23 @@ def dequantised(tensors: Mapping[str, Source], config: Any) -> dict[str, Source]
 
     Raises ModelError for a quantisation of another kind.
     """
+    if not is_in_8_bits(config):
+        return dict(tensors)
+    del config.quantization_config
+    named = {name.removesuffix(_SCALES): scales for name, scales in tensors.items() if name.endswith(_SCALES)}
+    stored = {f"{name}.weight": RowScaled(tensors[f"{name}.weight"], s) for name, s in named.items()}
+    plain = {n: t for n, t in tensors.items() if not n.endswith((_SCALES, _FORMAT))}
+    return plain | stored
+
+
+def is_in_8_bits(config: Any) -> bool:
+    """Whether a checkpoint is stored by bitsandbytes, and not in ordinary numbers.
+
+    Raises ModelError for a quantisation of another kind.
+    """
     told = getattr(config, "quantization_config", None)
     if told is None:
-        return dict(tensors)
+        return False
     settings = told if isinstance(told, dict) else told.to_dict()
     if not settings.get("load_in_8bit"):
         kind = settings.get("quant_method", "unknown")
@@ -35,11 +49,7 @@ def dequantised(tensors: Mapping[str, Source], config: Any) -> dict[str, Source]
             f"model.name: {config.name_or_path}: its weights are stored as {kind}; expected ordinary weights "
             "or bitsandbytes' 8 bits"
         )
-    del config.quantization_config
-    named = {name.removesuffix(_SCALES): scales for name, scales in tensors.items() if name.endswith(_SCALES)}
-    stored = {f"{name}.weight": RowScaled(tensors[f"{name}.weight"], s) for name, s in named.items()}
-    plain = {n: t for n, t in tensors.items() if not n.endswith((_SCALES, _FORMAT))}
-    return plain | stored
+    return True
 
 
 @dataclass(frozen=True)

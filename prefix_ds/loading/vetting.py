@@ -13,6 +13,7 @@ from prefix_ds.config import ModelKeys
 from prefix_ds.errors import ConfigError, ModelError
 from prefix_ds.loading.complaints import config_errors, did_you_mean, library_errors, place
 from prefix_ds.loading.files import stored_tensors
+from prefix_ds.loading.prequantised import is_in_8_bits
 
 
 def check_new(keys: ModelKeys) -> None:
@@ -41,7 +42,9 @@ def vetted_config(keys: ModelKeys) -> Any:
     Quick; reads no weights. Raises ModelError.
     """
     check_folder(keys)
-    return base_config(keys)
+    config = base_config(keys)
+    is_in_8_bits(config)
+    return config
 
 
 def base_config(keys: ModelKeys) -> Any:

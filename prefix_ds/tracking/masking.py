@@ -14,7 +14,7 @@ _STARS = "***"
 _QUOTED_OR_WORD = r"""(?:"[^"]*"|'[^']*'|[^\s"',;&]+)"""
 _SECRET_NAME = r"(?:token|password|passwd|pwd|secret|credentials?|api[_-]?key|access[_-]?key)"
 _PATTERNS = [
-    (re.compile(r"([A-Za-z][\w+.-]*://)[^\s/'\"]*@"), rf"\1{_STARS}@"),
+    (re.compile(r"([A-Za-z][\w+.-]*://)(?!/)[^\s'\"]*@"), rf"\1{_STARS}@"),
     (re.compile(rf"(?i)(--[\w.-]*{_SECRET_NAME}\s+){_QUOTED_OR_WORD}"), rf"\1{_STARS}"),
     (re.compile(rf"""(?i)(\b[\w.-]*{_SECRET_NAME}["']?\s*[=:]\s*){_QUOTED_OR_WORD}"""), rf"\1{_STARS}"),
     (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w+/=.~-]{8,}"), rf"\1{_STARS}"),

@@ -115,8 +115,6 @@ def engine_on(base, config, world, prefix):
 class Documents:
     """Examples of random tokens, by their lengths; the second half of each is its target."""
 
-    pad_id = 0
-
     def __init__(self, lengths, vocab_size):
         chance = np.random.default_rng(0)
         self.lengths = np.array(lengths)
