@@ -70,7 +70,8 @@ def _origin(part: Part) -> list[tuple[str, str]]:
         ("family", facts.model_type),
         ("positions", str(part.length)),
     ]
-    return rows + (_training(part) if facts.step else [("training", "not known: it was imported")])
+    is_known = facts.step or facts.valid_loss is not None  # step 0: the best was the text it began with
+    return rows + (_training(part) if is_known else [("training", "not known: it was imported")])
 
 
 def _training(part: Part) -> list[tuple[str, str]]:
@@ -120,6 +121,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _loading(config: RunConfig, facts: PrefixFacts) -> str:
     revision = f", revision={json.dumps(facts.revision)}" if facts.revision else ""
+    window = f"\n\nBeware: {lost_behind(facts.window)}." if facts.window else ""
     tokenizer = json.dumps(config.model.tokenizer or facts.base)
     return f'''## How to load it
 
@@ -140,7 +142,15 @@ text = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens
 print(text)
 ```
 
-With prefix-ds: `prefix-ds import THIS_FOLDER RUN`, then `prefix-ds generate RUN --prompt TEXT`.'''
+With prefix-ds: `prefix-ds import THIS_FOLDER RUN`, then `prefix-ds generate RUN --prompt TEXT`.{window}'''
+
+
+def lost_behind(window: int) -> str:
+    """What becomes of a prefix in PEFT on a base with sliding windows."""
+    return (
+        f"some layers of this base attend within {window} tokens: there PEFT loses the prefix once it and "
+        "the text are longer, and prefix-ds does not"
+    )
 
 
 def _asking(data: DataKeys) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefix_ds.card import Part, card
+from prefix_ds.card import Part, card, lost_behind
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import MlflowKeys, RunConfig
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
@@ -38,6 +38,8 @@ def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
     if not runs or (len(runs) > 1 and not merge):
         raise ConfigError("export: expected RUN OUT, or --merge RUN RUN... OUT")
     parts, prefixes = zip(*map(_part, runs), strict=True)
+    if window := prefixes[0].facts.window:
+        log.warning("%s", lost_behind(window))
     if len(runs) == 1:
         export_prefix(prefixes[0], out, card(parts))
         return

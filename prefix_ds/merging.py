@@ -37,6 +37,7 @@ def merged(parts: Sequence[SavedPrefix]) -> SavedPrefix:
     first, *others = parts
     for other in others:
         _check_same_base(first, other)
+        _check_same_layers(first, other)
     slots = {
         name: (
             torch.cat([part.slots[name][0] for part in parts], dim=1),
@@ -74,3 +75,8 @@ def _shapes(prefix: SavedPrefix) -> str:
         for heads, key, value in dict.fromkeys(shapes.values())
     )
     return f"{len(shapes)} from {next(iter(shapes))} to {list(shapes)[-1]}, {kinds}"
+
+
+def _check_same_layers(first: SavedPrefix, other: SavedPrefix) -> None:
+    for name in first.slots.keys() ^ other.slots.keys():
+        raise RunError(f"--merge: {first.path} and {other.path}: only one of them has {name}")

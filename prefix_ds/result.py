@@ -54,12 +54,21 @@ def prefix_facts(keys: ModelKeys, lm: PrefixLM, progress: Progress) -> PrefixFac
         step=progress.step,
         valid_loss=progress.valid_loss,
         version=__version__,
+        window=window_of(lm.base.config),
     )
 
 
 def num_layers(lm: PrefixLM) -> int:
     """Layers of the base, with and without attention."""
     return int(getattr(lm.base.config.get_text_config(decoder=True), "num_hidden_layers", len(lm.slots)))
+
+
+def window_of(base_config: Any) -> int | None:
+    """Tokens that layers with a sliding window see; None where there are none. Chunks count as windows."""
+    text = base_config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ("sliding_attention",))
+    sizes = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min(filter(None, sizes), default=None) if kinds - {"full_attention"} else None
 
 
 def config_digest(base_config: Any) -> str:

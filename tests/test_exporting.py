@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from prefix_ds.errors import RunError
 from prefix_ds.export import export_prefix, read_peft
 from prefix_ds.merging import MEANING, merged
 from prefix_ds.model import PrefixLM
+from prefix_ds.result import window_of
 from tests.laws import batch_of, distance, table_of, tokens
 from tests.ranks import command
 from tests.refusals import refusal
 from tests.test_export import FACTS, assert_same, random_slots
-from tests.tiny_models import tiny
+from tests.tiny_models import tiny, tiny_config
 from tests.workshop import run_config
 
 torch.set_num_threads(1)
@@ -222,6 +224,40 @@ def test_prefixes_of_different_bases_are_not_merged(tmp_path, change, words):
     write_prefix(tmp_path / "b", random_slots(layers=12 if change else 11), facts)
     with pytest.raises(RunError, match=words):
         merged([read_prefix(tmp_path / "a"), read_prefix(tmp_path / "b")])
+
+
+def test_prefixes_of_different_layers_are_not_merged(tmp_path):
+    for name, layers in (("a", (0, 1, 3)), ("b", (0, 2, 3))):
+        found = random_slots(layers=3).values()
+        slots = dict(zip((f"model.layers.{n}.self_attn" for n in layers), found, strict=True))
+        write_prefix(tmp_path / name, slots, FACTS)
+    with pytest.raises(RunError, match=r"only one of them has model\.layers\.[12]\.self_attn"):
+        merged([read_prefix(tmp_path / "a"), read_prefix(tmp_path / "b")])
+
+
+def test_a_window_behind_which_peft_loses_the_prefix_is_told(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    saved = read_prefix(run / "prefix")
+    write_prefix(copy / "prefix", saved.slots, replace(saved.facts, window=7))
+    card, ended = exported(tmp_path / "peft", copy)
+    told = "some layers of this base attend within 7 tokens: there PEFT loses the prefix"
+    assert told in card
+    assert told in ended.err
+    assert "PEFT loses" not in exported(tmp_path / "other", run)[0]
+
+
+def test_a_best_prefix_of_no_step_was_not_imported(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    saved = read_prefix(run / "prefix")
+    write_prefix(copy / "prefix", saved.slots, replace(saved.facts, step=0))
+    assert "| training data |" in exported(tmp_path / "peft", copy)[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "window"), [("llama", None), ("mistral", 64), ("gemma2", 64), ("gpt_oss", 64), ("qwen2", None)]
+)
+def test_the_window_of_a_base_is_known(family, window):
+    assert window_of(tiny_config(family)) == window
 
 
 def side_by_side(base, one, other, text):

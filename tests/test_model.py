@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from prefix_ds.data.batch import Batch, Document, documents_of
 from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM, apart, attention, likelihood, norms, varlen
 from prefix_ds.model.attention import widened
+from prefix_ds.model.finish import finish_of
 from prefix_ds.model.likelihood import summed_nll
 from prefix_ds.model.masks import Causal, Rule, pattern_of
 from prefix_ds.model.recompute import repeatable_layers
@@ -343,6 +345,31 @@ def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pyte
         assert distance(grad_PD, true_PD) < EXACT
 
 
+@pytest.mark.parametrize("way", ["kernel", "its own"])
+def test_what_documents_ask_of_a_prefix_is_summed_in_float32(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand times the same: in bfloat16 such a sum stands still from 256 on."""
+    many, size = 1000, 4
+    text = [torch.ones(1, 1, many, size, dtype=torch.bfloat16) for _ in range(3)]
+    front = [torch.ones(1, 1, size, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    documents = [Document(0, n, n + 1) for n in range(many)]
+    if way == "kernel":
+        monkeypatch.setattr(varlen.varlen, "varlen_attn", attended_by_reference)
+        layout = apart.Layout(documents, Causal(), frozenset({0}), 1.0)
+        seen = varlen.attended(*text, (front[0], front[1]), layout)
+    else:
+
+        def alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+            return value.mean(dim=2, keepdim=True).transpose(1, 2)
+
+        rule = Rule(masking_utils.causal_mask_function, torch.Tensor, torch.bool, torch.device("cpu"))
+        seen = attention._one_by_one(alone, text, rule, attention.Front(front[0], front[1]), documents)
+    seen.float().sum().backward()
+    assert front[1].grad is not None
+    assert distance(front[1].grad.double(), torch.full((1, 1, size), many / 2).double()) < 0.01
+
+
 @pytest.mark.parametrize(
     ("size", "dtype", "length", "window", "takes"),
     [
@@ -447,6 +474,14 @@ def test_a_norm_of_another_kind_is_left_alone() -> None:
         assert norm.forward._way is None  # type: ignore[attr-defined]
 
 
+def test_a_norm_of_each_head_is_left_alone() -> None:
+    """Command-R+ has a weight for each head and place, [N, H]."""
+    config = tiny_config("cohere")
+    config.use_qk_norm = True
+    lm = PrefixLM(AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(False))
+    assert grad_of(lm, batch_of([tokens(6)]), noisy_table(lm).float())[0].isfinite()
+
+
 def test_a_norm_whose_weight_is_trained_has_its_gradient() -> None:
     norm = nn.RMSNorm(8, 1e-6).to(torch.bfloat16)
     norms.take_over_norms(norm)
@@ -455,6 +490,16 @@ def test_a_norm_whose_weight_is_trained_has_its_gradient() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- loss
+
+
+def test_a_cap_is_found_where_logits_are_small() -> None:
+    config = SimpleNamespace(final_logit_softcapping=30.0)
+    raw = torch.linspace(-9, 9, 200, dtype=torch.bfloat16)
+    capped = torch.tanh(raw / 30.0) * 30.0
+    for final in (raw, capped):
+        finish = finish_of(raw, final, config)
+        assert finish is not None
+        assert finish(raw).equal(final)
 
 
 @pytest.mark.parametrize("chunk", [1, 70, 1000, 10**9])

@@ -28,7 +28,7 @@ from tests.laws import seen_steps, tokens
 from tests.planned import counted_gathers
 from tests.ranks import command, on_ranks
 from tests.resident import MIB, give_back_what_is_free, resident, settle
-from tests.tiny_models import tiny
+from tests.tiny_models import tiny, tiny_config
 from tests.workshop import base_folder, records, write_jsonl
 
 torch.set_num_threads(1)
@@ -262,7 +262,7 @@ class Left:
     """A base that is written with, where so many bytes are left."""
 
     def __init__(self, left, once=1000, position=10, row=100):
-        self.footprint = writing.Footprint(left, once, once // 4, position, row)
+        self.footprint = writing.Footprint(left, once, once // 4, position, row, square=0)
 
     def is_whole(self, wish, longest=20, is_on_disk=False):
         fits = self.footprint.rows(longest, is_whole=True) > 0
@@ -290,6 +290,14 @@ def test_batches_are_split_where_keys_and_values_do_not_fit():
     assert Left(250 + 2 * 600).batches(is_whole=False, beams=2) == [[1], [3], [2, 0]]
     with pytest.raises(ConfigError, match=r"generate\.max_new_tokens: .*\(50 positions, 2 beams\)"):
         Left(1000 + 600).batches(is_whole=True, beams=2)
+
+
+def test_products_that_are_written_down_count_with_the_square_of_a_prompt():
+    told = {"left": 10**6, "once": 0, "each_layer": 0, "position": 10, "row": 100}
+    assert writing.Footprint(**told, square=0).rows(100, is_whole=True) == 10**6 // 1100
+    assert writing.Footprint(**told, square=3).rows(100, is_whole=True) == 10**6 // 31100
+    assert PrefixLM(tiny("llama")).num_products == 0
+    assert PrefixLM(tiny("gpt_oss")).num_products == tiny_config("gpt_oss").num_attention_heads
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ class PrefixFacts:
     step: int
     valid_loss: float | None
     version: str  # of prefix-ds
+    window: int | None = None  # the smallest that a layer of the base attends within
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def read_prefix(folder: Path) -> SavedPrefix:
             raise RunError(f"{path}: has format {header['format']}, this version reads {FORMAT}")
         names = [slot["name"] for slot in header["slots"]]
         slots = {name: (tensors[f"{name}.key"], tensors[f"{name}.value"]) for name in names}
-        facts = PrefixFacts(**{f.name: header[f.name] for f in fields(PrefixFacts)})
+        facts = PrefixFacts(**{f.name: header[f.name] for f in fields(PrefixFacts) if f.name in header})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: not a prefix saved by prefix-ds, or damaged: {error!r}") from None
     if _digest(header, slots) != written:

@@ -23,7 +23,7 @@ from prefix_ds.errors import ModelError
 from prefix_ds.int8 import stored_in_8_bits
 from prefix_ds.loading.complaints import config_errors, library_errors, one_line, place
 from prefix_ds.loading.files import stored_tensors
-from prefix_ds.loading.prequantised import dequantised
+from prefix_ds.loading.prequantised import dequantised, is_in_8_bits
 from prefix_ds.promise import Promise, kept, same_numbers
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def load_tokenizer(keys: ModelKeys, data: DataKeys) -> Any:
     with library_errors(f"{where}: has no tokenizer that can be loaded (model.tokenizer can name another)"):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
-            revision=keys.revision,
+            revision=None if keys.tokenizer else keys.revision,  # it is the base's
             trust_remote_code=keys.trust_remote_code,
             mistral_format=False,  # mistral-common's, where it is installed, has another interface
         )
@@ -69,6 +69,7 @@ def _promised(keys: ModelKeys, where: str) -> nn.Module:
 
     source = {"revision": keys.revision, "trust_remote_code": keys.trust_remote_code}
     config = AutoConfig.from_pretrained(keys.name, **source)
+    is_in_8_bits(config)  # a kind that is refused is not downloaded first
     tensors = dequantised(stored_tensors(keys), config)
     try:
         with _opened_as({name: Promise.of(tensor) for name, tensor in tensors.items()}):

@@ -24,7 +24,9 @@ def stored_tensors(keys: ModelKeys) -> dict[str, StoredTensor]:
     index = _found(keys, _INDEX)
     if index is not None:
         return _indexed(index, keys)
-    raise ModelError(f"model.name: {keys.name}: has neither {_ONE} nor {_INDEX}")
+    raise ModelError(
+        f"model.name: {keys.name}: has neither {_ONE} nor {_INDEX} (or the hub cannot be reached)"
+    )
 
 
 def _indexed(index: Path, keys: ModelKeys) -> dict[str, StoredTensor]:
@@ -42,18 +44,20 @@ def _indexed(index: Path, keys: ModelKeys) -> dict[str, StoredTensor]:
 def _named(index: Path, name: str, keys: ModelKeys) -> TensorFile:
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise ModelError(f"{index}: {name!r}: expected the name of a .safetensors file beside the index")
-    path = _found(keys, name)
+    path = _found(keys, name, is_wanted=True)
     if path is None:
         raise ModelError(f"{index}: {name}: there is no such file")
     return TensorFile(path)
 
 
-def _found(keys: ModelKeys, name: str) -> Path | None:
-    """A file of the base, downloaded if it is on the hub."""
+def _found(keys: ModelKeys, name: str, *, is_wanted: bool = False) -> Path | None:
+    """A file of the base, downloaded if it is on the hub; OSError says why one that `is_wanted` is not."""
     if Path(str(keys.name)).is_dir():
         path = Path(str(keys.name)) / name
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
-    found = cached_file(keys.name, name, revision=keys.revision, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        keys.name, name, revision=keys.revision, _raise_exceptions_for_missing_entries=is_wanted
+    )
     return None if found is None else Path(found)

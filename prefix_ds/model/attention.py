@@ -66,6 +66,10 @@ class Front:
         """Whether the documents of a row see them."""
         return self.rows is None or row in self.rows
 
+    def of_type(self, dtype: torch.dtype) -> "Front":
+        """The same in another number format."""
+        return Front(self.key_NPH.to(dtype), self.value_NPH.to(dtype), self.rows)
+
 
 class Source(Protocol):
     """What the text finds in front of itself."""
@@ -247,12 +251,14 @@ def _one_by_one(
     documents: Documents,
 ) -> Tensor:
     """What each place sees [B, T, N, H], document by document; places of none see nothing."""
+    dtype = text[0].dtype  # the prefix's gradient is a sum over documents: in float32, or more
+    wide = front and front.of_type(torch.promote_types(dtype, torch.float32))
     rows: list[list[Tensor]] = [[] for _ in text[0]]
     reached = [0] * len(rows)
     for document in documents:
         row, places = document.row, slice(document.start, document.stop)
         query, key, value = (t[row : row + 1, :, places] for t in text)
-        seen = front if front is not None and front.seen_by(row) else None
+        seen = wide.of_type(dtype) if wide is not None and wide.seen_by(row) else None
         block = rule.of_document(document, seen.key_NPH.shape[1] if seen is not None else 0)
         result = alone(query, *_joined(seen, key, value), block)
         rows[row] += [_gap(result, document.start - reached[row]), result]

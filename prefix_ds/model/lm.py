@@ -20,7 +20,7 @@ from prefix_ds.dist import on_all
 from prefix_ds.errors import ConfigError
 from prefix_ds.int8 import Watched
 from prefix_ds.model import decoding
-from prefix_ds.model.attention import Documents, Joint
+from prefix_ds.model.attention import OVER_OWN, Documents, Joint
 from prefix_ds.model.base import (
     AttentionChoice,
     family_of,
@@ -98,6 +98,13 @@ class PrefixLM:
     def vocab_size(self) -> int:
         """Numbers of a token's logits."""
         return self._findings.vocab_size
+
+    @property
+    def num_products(self) -> int:
+        """Numbers that attention writes down for each query and key; 0 where its kernel keeps none."""
+        config = text_config(self.base)
+        is_own = config._attn_implementation == OVER_OWN
+        return int(getattr(config, "num_attention_heads", 0)) if is_own else 0
 
     @property
     def width(self) -> int:

@@ -75,7 +75,8 @@ class _Norm:
 
     def __call__(self, hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
         weight: Any = self._module.weight
-        if rest or options or hidden.dtype not in _TYPES or weight.dtype != hidden.dtype:
+        is_ours = hidden.dtype in _TYPES and weight.dtype == hidden.dtype and weight.dim() == 1
+        if rest or options or not is_ours:
             return self._stock(hidden, *rest, **options)
         if not self._is_asked:
             self._way, self._is_asked = self._asked(weight), True

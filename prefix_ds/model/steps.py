@@ -54,21 +54,20 @@ class Steps:
         length = generation_config.max_length
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **told)
         output = model(**inputs, return_dict=True)
-        with model._optimize_model_for_decode():
-            while True:
-                told = model._update_model_kwargs_for_generation(
-                    output, told, is_encoder_decoder=model.config.is_encoder_decoder
-                )
-                scores_BV = logits_processor(input_ids, output.logits[:, -1].float())
-                next_B = self._chosen(scores_BV)
-                input_ids = torch.cat([input_ids, next_B[:, None]], dim=1)
-                input_ids, told = self._noted(next_B.tolist(), input_ids, told)
-                if not self._goes_on(input_ids.shape[1] < length):
-                    return input_ids
-                del output, scores_BV  # of a whole prompt's places, in some families
-                last = 1 if told["use_cache"] else None
-                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=last, **told)
-                output = model(**inputs, return_dict=True)
+        while True:
+            told = model._update_model_kwargs_for_generation(
+                output, told, is_encoder_decoder=model.config.is_encoder_decoder
+            )
+            scores_BV = logits_processor(input_ids, output.logits[:, -1].float())
+            next_B = self._chosen(scores_BV)
+            input_ids = torch.cat([input_ids, next_B[:, None]], dim=1)
+            input_ids, told = self._noted(next_B.tolist(), input_ids, told)
+            if not self._goes_on(input_ids.shape[1] < length):
+                return input_ids
+            del output, scores_BV  # of a whole prompt's places, in some families
+            last = 1 if told["use_cache"] else None
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=last, **told)
+            output = model(**inputs, return_dict=True)
 
     def _chosen(self, scores_BV: Tensor) -> Tensor:
         """The next token of each row: the likeliest, or the one at whose share a drawn number lies."""

@@ -82,6 +82,9 @@ class Trial:
         )
 
 
+_ROPE_OF_THE_LONGEST = ("longrope", "dynamic")
+
+
 def limits_of(config: Any, findings: Findings) -> tuple[str, ...]:
     """What does not hold for a base of this (text) configuration, a line each."""
     lines = []
@@ -96,6 +99,13 @@ def limits_of(config: Any, findings: Findings) -> tuple[str, ...]:
         lines.append(
             f"it attends in chunks of {chunk} tokens, and a document that is longer meets their borders one "
             "prefix length earlier when it shares a row than when it is alone"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _ROPE_OF_THE_LONGEST:
+        until = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        lines.append(
+            f"its rotary embedding is another as soon as one text of a batch, its prefix included, is longer "
+            f"than {until} tokens; below that, by data.max_length, no text depends on what is beside it"
         )
     return tuple(f"{config.model_type}: {line}" for line in lines)
 

@@ -56,7 +56,7 @@ def attended(
         tuple(layout.documents), layout.rows_with_front, front[0].shape[1], length, query_BNTH.device
     )
     key_SKH, value_SKH = (
-        torch.cat([before.transpose(0, 1), _flat(text)]).index_select(0, course.keys)
+        _Joined.apply(before.transpose(0, 1), _flat(text), course)  # type: ignore[no-untyped-call]
         for before, text in zip(front, (key_BKTH, value_BKTH), strict=True)
     )
     seen_QNH: Any = varlen.varlen_attn(
@@ -76,12 +76,38 @@ def attended(
     return whole.view(num_rows, length, num_heads, size)
 
 
+class _Joined(torch.autograd.Function):
+    """Each document's keys or values, behind a copy of the prefix's, of which the gradient is a sum over
+    documents in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, front_PKH: Tensor, text_TKH: Tensor, course: "_Course") -> Tensor:
+        ctx.course, ctx.length, ctx.num_texts = course, len(front_PKH), len(text_TKH)
+        return torch.cat([front_PKH, text_TKH]).index_select(0, course.keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        course, (grad_SKH,) = ctx.course, grads
+        to_front = to_text = None
+        if ctx.needs_input_grad[0]:
+            copies_DPKH = grad_SKH.index_select(0, course.fronts).view(-1, ctx.length, *grad_SKH.shape[1:])
+            wide = torch.promote_types(grad_SKH.dtype, torch.float32)
+            to_front = copies_DPKH.sum(0, dtype=wide).to(grad_SKH.dtype)
+        if ctx.needs_input_grad[1]:
+            of_text_TKH = grad_SKH.index_select(0, course.texts)
+            nothing = grad_SKH.new_zeros(ctx.num_texts, *grad_SKH.shape[1:])
+            to_text = nothing.index_copy(0, course.queries, of_text_TKH)
+        return to_front, to_text, None
+
+
 @dataclass(frozen=True)
 class _Course:
     """Where the documents' queries and keys are taken from, and where each ends."""
 
     queries: Tensor  # places in the flattened rows
     keys: Tensor  # places in prefix and flattened rows
+    fronts: Tensor  # which of these are the prefix's
+    texts: Tensor  # and which the rows', document by document
     query_borders: Tensor
     key_borders: Tensor
     longest: int
@@ -94,9 +120,12 @@ def _course(
     places = [torch.arange(d.row * row + d.start, d.row * row + d.stop) for d in documents]
     fronts = [torch.arange(front if d.row in with_front else 0) for d in documents]
     keys = [torch.cat([before, place + front]) for before, place in zip(fronts, places, strict=True)]
+    is_text = torch.cat(keys) >= front
     return _Course(
         torch.cat(places).to(device, non_blocking=True),
         torch.cat(keys).to(device, non_blocking=True),
+        (~is_text).nonzero()[:, 0].to(device, non_blocking=True),
+        is_text.nonzero()[:, 0].to(device, non_blocking=True),
         _borders(places).to(device, non_blocking=True),
         _borders(keys).to(device, non_blocking=True),
         max(d.length for d in documents),

@@ -3,7 +3,8 @@
 Sums, said before the first token. Of the base: all of it where it is gathered once, else what ZeRO-3 may hold
 gathered at a time. Of a row: keys and values of its positions in every attention, what the rows of one more
 layer take while their cache grows, what a prompt's places have in hand in a layer (a stated multiple of the
-base's width), and its scores over the vocabulary. Windows and latent keys take less than is counted here. The
+base's width), each place's products with all others where attention is not one of torch's kernels, and its
+scores over the vocabulary. Windows and latent keys take less than is counted here. The
 rank with the least memory speaks for all.
 
 Knows nothing of what is written.
@@ -25,6 +26,7 @@ from prefix_ds.plan.here import memory_left
 
 _WIDTHS_IN_HAND = 16  # of a place: its inputs, queries, keys, values and the feed-forward layer's
 _SCORES_IN_HAND = 3  # of a row, in float32
+_PRODUCTS_IN_HAND = 4  # of each query with each key of a prompt, where attention writes them down
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,16 @@ class Footprint:
     each_layer: int  # and where it is not
     position: int  # a position of one row
     row: int  # a row, however long
+    square: int  # times the square of its positions
 
     def rows(self, length: int, is_whole: bool) -> int:
         """How many rows of so many positions fit."""
         room = self.left - (self.once if is_whole else self.each_layer)
-        return max(0, room // (length * self.position + self.row))
+        return max(0, room // self.row_bytes(length))
+
+    def row_bytes(self, length: int) -> int:
+        """A row of so many positions."""
+        return length * self.position + self.row + length**2 * self.square
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Manner:
         """
         fitting = self.footprint.rows(length, self.is_whole) // self.num_beams
         if not fitting:
-            needed = self.num_beams * (length * self.footprint.position + self.footprint.row)
+            needed = self.num_beams * self.footprint.row_bytes(length)
             raise ConfigError(
                 f"generate.max_new_tokens: {_gib(needed)} GiB for the keys and values of one prompt and its "
                 f"answer ({length} positions, {self.num_beams} beams); {_gib(self.footprint.left)} GiB are "
@@ -103,7 +110,8 @@ def _footprint(lm: PrefixLM, base: Sharded, world: World) -> Footprint:
     position = sum(cached) + 2 * max(cached) + _WIDTHS_IN_HAND * lm.width
     left = min(gathered(memory_left(world)))
     row = _SCORES_IN_HAND * lm.vocab_size * torch.float32.itemsize
-    return Footprint(left, whole, min(whole, live), position * itemsize, row)
+    square = _PRODUCTS_IN_HAND * lm.num_products * itemsize
+    return Footprint(left, whole, min(whole, live), position * itemsize, row, square)
 
 
 def batches_of(lengths: Sequence[int], more: int, manner: Manner) -> list[list[int]]:
