@@ -49,7 +49,7 @@ Master = Annotated[
 ]
 JobName = Annotated[str, typer.Argument(help="a number: Slurm's; a name: Kubernetes'")]
 Namespace = Annotated[str, typer.Option(help="of a Kubernetes job")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="until the job is over")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="go on as lines come")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be started")]
 
 
