@@ -134,7 +134,7 @@ def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> 
             world_size=size if alone else -1,
         )
         if size > 1:
-            _patient.append(group.new_group(backend="gloo", timeout=timedelta(minutes=patience_minutes)))
+            _patient[:] = [group.new_group(backend="gloo", timeout=timedelta(minutes=patience_minutes))]
     try:
         with device_may_fail(f"rank {rank} ({device} of {socket.gethostname()})"):
             _check_alike(device)
@@ -142,7 +142,6 @@ def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> 
     finally:
         if sys.exc_info()[0] in (None, Stopped):  # after an error a peer may be gone: a farewell would wait
             group.destroy_process_group()
-        _patient.clear()
 
 
 _patient: list[Any] = []  # the group of those that wait for one of them

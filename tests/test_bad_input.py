@@ -202,7 +202,7 @@ def test_two_ranks_say_it_once(refused, override):
 
 
 def test_a_corrected_start_goes_on_in_the_folder_of_the_failed_one(place, refused):
-    refused("prefix.layers=[7]", "train.lr=1.0")
+    refused("prefix.length=1", "train.lr=1.0")
     assert contents(place / "run") == CONFIGURATION - {"deepspeed.json"}  # it needs the base's sizes
     (ended,) = command("train", place / "run.yaml")
     assert ended.code == 0, ended.err

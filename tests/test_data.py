@@ -896,7 +896,7 @@ def test_padding_belongs_to_no_document_and_stands_at_position_0():
 
 
 def test_rows_have_few_widths_and_are_hardly_padded():
-    widths = [len(collate([[0]], {0: np.zeros(n, np.int32)}, [1], 0).ids_BT[0]) for n in range(1, 8193)]
+    widths = [len(collate([[0]], {0: np.zeros(n, np.int32)}, [1]).ids_BT[0]) for n in range(1, 8193)]
     assert all(n <= width < n * (1 + 1 / 32) for n, width in enumerate(widths, start=1))
     assert len(set(widths[2047:4096])) <= 33, "an octave has no more than 33"
 

@@ -113,11 +113,8 @@ def found(tree, key):
 
 
 def pods(manifests):
-    return [
-        template["spec"]
-        for template in found(manifests, "template")
-        if "containers" in template.get("spec", {})
-    ]
+    templates = [*found(manifests, "template"), *(m for m in manifests if m["kind"] == "Pod")]
+    return [template["spec"] for template in templates if "containers" in template.get("spec", {})]
 
 
 def the_pod(manifests):
