@@ -113,7 +113,8 @@ def found(tree, key):
 
 
 def pods(manifests):
-    templates = [*found(manifests, "template"), *(m for m in manifests if m["kind"] == "Pod")]
+    alone = [m for m in manifests if isinstance(m, dict) and m.get("kind") == "Pod"]
+    templates = [*found(manifests, "template"), *alone]
     return [template["spec"] for template in templates if "containers" in template.get("spec", {})]
 
 
