@@ -50,11 +50,10 @@ def _projected(module: Any, name: str, x_SK: Tensor, counts: dict[int, int]) -> 
     """Rows, sorted by expert, times their expert's weight; rows of no expert are left out."""
     times = times_columns if module.is_transposed else times_rows
     stack, scale = getattr(module, name), getattr(module, name + SCALE)
-    rows = x_SK.split_with_sizes(
-        [*counts.values(), len(x_SK) - sum(counts.values())]
-    )  # a slice's gradient is whole
+    left = len(x_SK) - sum(counts.values())
+    *rows, _ = x_SK.split_with_sizes([*counts.values(), left])  # a slice's gradient would be as large as x
     parts = []
-    for (expert, count), x_MK in zip(counts.items(), rows[:-1], strict=True):
+    for (expert, count), x_MK in zip(counts.items(), rows, strict=True):
         if count:
             y = times(x_MK, stack, scale, expert)
             parts.append(y + getattr(module, name + "_bias")[expert] if module.has_bias else y)

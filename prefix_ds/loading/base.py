@@ -23,7 +23,7 @@ from prefix_ds.errors import ModelError
 from prefix_ds.int8 import stored_in_8_bits
 from prefix_ds.loading.complaints import config_errors, library_errors, one_line, place
 from prefix_ds.loading.files import stored_tensors
-from prefix_ds.loading.prequantised import dequantised, is_in_8_bits
+from prefix_ds.loading.prequantised import check_storage, dequantised
 from prefix_ds.promise import Promise, kept, same_numbers
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _promised(keys: ModelKeys, where: str) -> nn.Module:
 
     source = {"revision": keys.revision, "trust_remote_code": keys.trust_remote_code}
     config = AutoConfig.from_pretrained(keys.name, **source)
-    is_in_8_bits(config)  # a kind that is refused is not downloaded first
+    check_storage(config)  # before anything is downloaded
     tensors = dequantised(stored_tensors(keys), config)
     try:
         with _opened_as({name: Promise.of(tensor) for name, tensor in tensors.items()}):

@@ -21,11 +21,8 @@ _SCALES, _FORMAT = ".SCB", ".weight_format"
 
 
 def dequantised(tensors: Mapping[str, Source], config: Any) -> dict[str, Source]:
-    """The tensors of a checkpoint, without bitsandbytes' storage; `config` no longer speaks of it.
-
-    Raises ModelError for a quantisation of another kind.
-    """
-    if not is_in_8_bits(config):
+    """The tensors of a checkpoint, without bitsandbytes' storage; `config` no longer speaks of it."""
+    if getattr(config, "quantization_config", None) is None:
         return dict(tensors)
     del config.quantization_config
     named = {name.removesuffix(_SCALES): scales for name, scales in tensors.items() if name.endswith(_SCALES)}
@@ -34,14 +31,11 @@ def dequantised(tensors: Mapping[str, Source], config: Any) -> dict[str, Source]
     return plain | stored
 
 
-def is_in_8_bits(config: Any) -> bool:
-    """Whether a checkpoint is stored by bitsandbytes, and not in ordinary numbers.
-
-    Raises ModelError for a quantisation of another kind.
-    """
+def check_storage(config: Any) -> None:
+    """Raises ModelError for a checkpoint that is neither in ordinary numbers nor in bitsandbytes' 8 bits."""
     told = getattr(config, "quantization_config", None)
     if told is None:
-        return False
+        return
     settings = told if isinstance(told, dict) else told.to_dict()
     if not settings.get("load_in_8bit"):
         kind = settings.get("quant_method", "unknown")
@@ -49,7 +43,6 @@ def is_in_8_bits(config: Any) -> bool:
             f"model.name: {config.name_or_path}: its weights are stored as {kind}; expected ordinary weights "
             "or bitsandbytes' 8 bits"
         )
-    return True
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from prefix_ds.config import ModelKeys
 from prefix_ds.errors import ConfigError, ModelError
 from prefix_ds.loading.complaints import config_errors, did_you_mean, library_errors, place
 from prefix_ds.loading.files import stored_tensors
-from prefix_ds.loading.prequantised import is_in_8_bits
+from prefix_ds.loading.prequantised import check_storage
 
 
 def check_new(keys: ModelKeys) -> None:
@@ -43,7 +43,7 @@ def vetted_config(keys: ModelKeys) -> Any:
     """
     check_folder(keys)
     config = base_config(keys)
-    is_in_8_bits(config)
+    check_storage(config)
     return config
 
 

@@ -4,8 +4,8 @@ Sums, said before the first token. Of the base: all of it where it is gathered o
 gathered at a time. Of a row: keys and values of its positions in every attention, what the rows of one more
 layer take while their cache grows, what a prompt's places have in hand in a layer (a stated multiple of the
 base's width), each place's products with all others where attention is not one of torch's kernels, and its
-scores over the vocabulary. Windows and latent keys take less than is counted here. The
-rank with the least memory speaks for all.
+scores over the vocabulary. Windows and latent keys take less than is counted here. The rank with the least
+memory speaks for all.
 
 Knows nothing of what is written.
 """
