@@ -1,5 +1,6 @@
 """The saved prefix: the same bits as written, old or new but never a mix, and only for its own model."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -116,6 +117,21 @@ def test_a_damaged_prefix_is_refused(tmp_path: Path) -> None:
     for content in damaged_ways(file, 23):
         file.write_bytes(content)
         if content != whole:
+            with pytest.raises(RunError, match=str(file)):
+                read_prefix(tmp_path)
+
+
+def test_any_flipped_bit_is_told(tmp_path: Path) -> None:
+    """Also where it changes nothing: in a word that safetensors keeps for itself, or from 1e-05 to 1E-05."""
+    write_prefix(tmp_path, slots_of(1), dataclasses.replace(FACTS, valid_loss=1e-5))
+    file = tmp_path / checkpoint.saved_prefix.FILE
+    whole = file.read_bytes()
+    header_size = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(header_size), *range(header_size, len(whole), 29)]:
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            file.write_bytes(flipped)
             with pytest.raises(RunError, match=str(file)):
                 read_prefix(tmp_path)
 

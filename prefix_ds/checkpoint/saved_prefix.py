@@ -102,7 +102,7 @@ def write_prefix(folder: Path, slots: Mapping[str, KeyValue], facts: PrefixFacts
         "length": next(iter(plain.values()))[0].shape[1],
         "slots": [_slot_facts(name, *pair) for name, pair in plain.items()],
     }
-    text = json.dumps(header | {"sha256": _digest(header, plain)}, indent=1)
+    text = _text(header, plain)
     with telling_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".tmp*"):  # safetensors' own temporary files begin so too
@@ -120,7 +120,7 @@ def read_prefix(folder: Path) -> SavedPrefix:
     tensors, text = read_tensors_and_text(path)
     try:
         header = json.loads(text)
-        written = header.pop("sha256")
+        header.pop("sha256")
         if header["format"] != FORMAT:
             raise RunError(f"{path}: has format {header['format']}, this version reads {FORMAT}")
         names = [slot["name"] for slot in header["slots"]]
@@ -128,7 +128,7 @@ def read_prefix(folder: Path) -> SavedPrefix:
         facts = PrefixFacts(**{f.name: header[f.name] for f in fields(PrefixFacts) if f.name in header})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: not a prefix saved by prefix-ds, or damaged: {error!r}") from None
-    if _digest(header, slots) != written:
+    if _text(header, slots) != text:
         raise RunError(f"{path}: damaged: it is not what was written (SHA-256 differs)")
     return SavedPrefix(path, slots, facts)
 
@@ -155,8 +155,9 @@ def _told(name: str, num_heads: int, key_dim: int, value_dim: int) -> str:
     return f"{name} with {num_heads} heads, keys of {key_dim} and values of {value_dim}"
 
 
-def _digest(header: Mapping[str, Any], slots: Mapping[str, KeyValue]) -> str:
+def _text(header: Mapping[str, Any], slots: Mapping[str, KeyValue]) -> str:
+    """The facts as they are written, with the SHA-256 of them and of the numbers."""
     total = hashlib.sha256(json.dumps(header).encode())
     for tensor in _named(slots).values():
         total.update(tensor.numpy().tobytes())
-    return total.hexdigest()
+    return json.dumps({**header, "sha256": total.hexdigest()}, indent=1)

@@ -44,7 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], text: str = "") -> 
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     with telling_disk_errors(path):
         try:
-            save_file(plain, path, {"format": "pt"} | ({"prefix_ds": text} if text else {}))
+            save_file(plain, path, _metadata(text))
         except SafetensorError as error:  # how a full disk looks from safetensors
             raise RunError(f"{path}: cannot be written: {error}") from error
         sync(path)
@@ -74,7 +74,15 @@ def read_tensors_and_text(path: Path) -> tuple[dict[str, Tensor], str]:
         content = path.read_bytes()
         tensors = load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, header.get("__metadata__", {}).get("prefix_ds", "")
+    metadata = header.get("__metadata__", {})
+    text = metadata.get("prefix_ds", "")
+    if text and metadata != _metadata(text):
+        raise RunError(f"{path}: damaged: its header is not what was written")
+    return tensors, text
+
+
+def _metadata(text: str) -> dict[str, str]:
+    return {"format": "pt"} | ({"prefix_ds": text} if text else {})
 
 
 @contextlib.contextmanager
