@@ -29,7 +29,7 @@ from prefix_ds.plan.choice import chosen
 from prefix_ds.plan.estimate import Estimate, step_of
 from prefix_ds.plan.fitting import job_of
 from prefix_ds.plan.here import left_in_groups
-from prefix_ds.plan.rehearsal import Shape, between, rehearsed
+from prefix_ds.plan.rehearsal import Shape, Stage, between
 from prefix_ds.suitability import slots_without_weights
 from tests.planned import (
     CPU,
@@ -127,15 +127,15 @@ def test_eight_bits_gather_half(bases):
     assert eight <= 0.52 * plain
 
 
-def makes(family, **sizes):
+def stage_of(family, **sizes):
     config = tiny_config(family)
     for name, size in sizes.items():
         setattr(config, name, size)
-    return lambda: skeleton(config, False, torch.bfloat16).requires_grad_(False)
+    return Stage(skeleton(config, False, torch.bfloat16).requires_grad_(False))
 
 
-def seen(make, recompute=False, shape=SHAPE):
-    return rehearsed(make, ModelKeys(recompute=recompute), shape, "cpu")
+def seen(stage, recompute=False, shape=SHAPE):
+    return stage.rehearsed(ModelKeys(recompute=recompute), shape, "cpu")
 
 
 def test_most_families_can_be_planned_for():
@@ -144,7 +144,7 @@ def test_most_families_can_be_planned_for():
 
 @pytest.mark.parametrize("family", PLANNED)
 def test_it_is_rehearsed(family):
-    rehearsal = seen(makes(family))
+    rehearsal = seen(stage_of(family))
     assert rehearsal.flops > 0
     assert rehearsal.slots
     assert max(alive.total for alive in rehearsal.highest) > 0
@@ -154,7 +154,7 @@ def test_it_is_rehearsed(family):
 @pytest.mark.parametrize("family", sorted(NOT_PLANNED))
 def test_a_base_whose_way_depends_on_numbers_is_refused(family):
     with pytest.raises(ModelError, match="cannot be planned for: its code depends on numbers"):
-        seen(makes(family))
+        seen(stage_of(family))
 
 
 @pytest.mark.parametrize("recompute", [False, True, 3])
@@ -163,9 +163,9 @@ def test_a_base_whose_way_depends_on_numbers_is_refused(family):
 )
 def test_a_deep_base_is_rehearsed_by_its_kinds_of_layers(monkeypatch, family, recompute):
     deep = {} if family in ("gemma3_text", "qwen3_next") else {"num_hidden_layers": 9}
-    short = seen(makes(family, **deep), recompute)
+    short = seen(stage_of(family, **deep), recompute)
     monkeypatch.setattr(rehearsing, "shortened", lambda *_: None)
-    whole = seen(makes(family, **deep), recompute)
+    whole = seen(stage_of(family, **deep), recompute)
     assert short.course.moments == whole.course.moments
     assert short.flops == whole.flops
     assert short.slots == whole.slots
@@ -178,7 +178,7 @@ def test_a_deep_base_is_rehearsed_by_its_kinds_of_layers(monkeypatch, family, re
 
 def test_rows_between_two_numbers_are_in_line():
     few, some, many = (
-        seen(makes("llama"), shape=replace(SHAPE, rows=rows, targets=8 * rows)) for rows in (1, 3, 5)
+        seen(stage_of("llama"), shape=replace(SHAPE, rows=rows, targets=8 * rows)) for rows in (1, 3, 5)
     )
     found = between(few, many, 0.5)
     assert found.flops == pytest.approx(some.flops, rel=0.01)
@@ -187,7 +187,7 @@ def test_rows_between_two_numbers_are_in_line():
 
 
 def test_every_layer_computed_again_takes_memory_and_costs_its_forward_pass():
-    found = [seen(makes("llama", num_hidden_layers=9), again) for again in (False, 3, 6, True)]
+    found = [seen(stage_of("llama", num_hidden_layers=9), again) for again in (False, 3, 6, True)]
     highest = [max(alive.total for alive in rehearsal.highest) for rehearsal in found]
     flops = [rehearsal.flops for rehearsal in found]
     assert highest[0] > highest[1] > highest[2] > highest[3]
@@ -196,14 +196,14 @@ def test_every_layer_computed_again_takes_memory_and_costs_its_forward_pass():
 
 def test_no_more_layers_are_planned_for_than_there_are():
     with pytest.raises(ModelError, match=r"model\.recompute: 10, but LlamaForCausalLM has 9 layers"):
-        seen(makes("llama", num_hidden_layers=9), 10)
+        seen(stage_of("llama", num_hidden_layers=9), 10)
 
 
 def test_a_layer_without_a_prefix_above_or_below_changes_what_is_kept():
     """Nothing is kept of the layers below the lowest prefix."""
 
     def highest(chosen):
-        found = rehearsed(makes("llama"), ModelKeys(), SHAPE, "cpu", chosen)
+        found = stage_of("llama").rehearsed(ModelKeys(), SHAPE, "cpu", chosen)
         return max(alive.total for alive in found.highest)
 
     every, last = highest(lambda slots: slots), highest(lambda slots: slots[-1:])

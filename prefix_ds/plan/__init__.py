@@ -13,14 +13,14 @@ from functools import cache
 
 from rich.console import Console
 
-from prefix_ds.config import RunConfig
+from prefix_ds.config import ModelKeys, RunConfig
 from prefix_ds.devices import Device, device_named
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.initial import chosen_slots
 from prefix_ds.plan.advice import changed, least_recomputed, recomputed, warnings, ways
 from prefix_ds.plan.base import bare_base, prefix_length
 from prefix_ds.plan.estimate import Estimate, Job, check_job, estimate, step_of
-from prefix_ds.plan.rehearsal import Rehearsal, Shape, between, rehearsed
+from prefix_ds.plan.rehearsal import Rehearsal, Shape, Stage, between
 from prefix_ds.plan.report import Plan, as_data, show
 from prefix_ds.prefix import Slot
 
@@ -59,14 +59,19 @@ def estimator(device: Device, length: int) -> Callable[[RunConfig, Job], Estimat
     """Estimates of variants of a run on a kind of device; what is alike is rehearsed once."""
 
     @cache
+    def stage(dumped: str) -> Stage:
+        return Stage(bare_base(ModelKeys.model_validate_json(dumped)))
+
+    @cache
     def rehearsal_of(dumped: str, shape: Shape) -> Rehearsal:
         config = RunConfig.model_validate_json(dumped)
+        alike = config.model.model_copy(update={"recompute": False})
 
         def chosen(slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
             return chosen_slots(slots, config.prefix)
 
         some = chosen if config.prefix.layers != "all" else None
-        return rehearsed(bare_base(config.model), config.model, shape, device.kind, some)
+        return stage(alike.model_dump_json()).rehearsed(config.model, shape, device.kind, some)
 
     @cache
     def seen(dumped: str, shape: Shape, most_rows: int) -> Rehearsal:

@@ -30,19 +30,16 @@ class _Blank:
         raise NotImplementedError
 
 
-def bare_base(keys: ModelKeys) -> Callable[[], Any]:
-    """What makes the base, each time anew, as a run would have it. Raises PrefixError."""
-    config = base_config(keys)
-
-    def make() -> Any:
-        base = skeleton(config, keys.trust_remote_code, getattr(torch, keys.dtype)).requires_grad_(False)
-        if keys.bits == 8:
-            _exchange(base, lambda p: Promise.of(_Blank(tuple(p.shape), p.dtype)))
-            stored_in_8_bits(base, keys.vocabulary_bits == 8, keys.in_16_bits)
-            _exchange(base, lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
-        return base
-
-    return make
+def bare_base(keys: ModelKeys) -> Any:
+    """The base as a run would have it. Raises PrefixError."""
+    base = skeleton(base_config(keys), keys.trust_remote_code, getattr(torch, keys.dtype)).requires_grad_(
+        False
+    )
+    if keys.bits == 8:
+        _exchange(base, lambda p: Promise.of(_Blank(tuple(p.shape), p.dtype)))
+        stored_in_8_bits(base, keys.vocabulary_bits == 8, keys.in_16_bits)
+        _exchange(base, lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
+    return base
 
 
 def _exchange(base: nn.Module, made: Callable[[Tensor], Tensor]) -> None:

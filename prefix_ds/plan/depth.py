@@ -8,6 +8,7 @@ rehearsed whole.
 Knows nothing of what marks are for.
 """
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -32,6 +33,7 @@ class Stack:
     name: str
     kept: tuple[int, ...]
     stands: tuple[int, ...]
+    again: int  # of those kept, computed again
 
     def layer_of(self, module: str) -> int | None:
         """The kept layer that a module of the shortened base belongs to."""
@@ -44,10 +46,10 @@ class Stack:
         return f"{self.name}.{layer}" + (f".{rest}" if rest else "")
 
 
-def shortened(base: nn.Module, again: Collection[nn.Module]) -> Stack | None:
-    """Takes layers that are like others out of a base; those that are computed again are like each other.
+def shortened(base: Any, again: Collection[nn.Module]) -> tuple[Any, Stack] | None:
+    """A copy of a base without the layers that are like others; those computed again are like each other.
 
-    None: nothing was done.
+    None: it has no layers to spare.
     """
     repeatable = set(repeatable_layers(base))
     lists = [
@@ -60,8 +62,13 @@ def shortened(base: nn.Module, again: Collection[nn.Module]) -> Stack | None:
     name, layers = lists[0]
     kinds = [None, *((_kind(layer), layer in again) for layer in list(layers)[1:])]
     kept = tuple(dict.fromkeys(map(kinds.index, kinds)))
+    stands = tuple(kept.index(kinds.index(kind)) for kind in kinds)
     base.set_submodule(name, nn.ModuleList([layers[n] for n in kept]))
-    return Stack(name, kept, tuple(kept.index(kinds.index(kind)) for kind in kinds))
+    try:
+        short = copy.deepcopy(base)
+    finally:
+        base.set_submodule(name, layers)
+    return short, Stack(name, kept, stands, sum(layers[n] in again for n in kept))
 
 
 def _kind(layer: nn.Module) -> Any:

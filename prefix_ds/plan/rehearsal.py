@@ -9,8 +9,9 @@ gradient reaches a module's outputs; after a forward pass and when the last grad
 Knows nothing of ranks or files.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from prefix_ds.engine.sizing import Sizes, sizes_of
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
-from prefix_ds.model.recompute import repeatable_layers, repeated_layers
+from prefix_ds.model.recompute import repeated_layers
 from prefix_ds.model.standing import meta_stands_for
 from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
 from prefix_ds.plan.experts import balance_experts
@@ -84,43 +85,51 @@ class Rehearsal:
 Chosen = Callable[[tuple[Slot, ...]], tuple[Slot, ...]]
 
 
-def rehearsed(
-    make: Callable[[], Any], keys: ModelKeys, shape: Shape, device_type: str, chosen: Chosen | None = None
-) -> Rehearsal:
-    """One micro-batch of training on a base that `make` makes, with its parameters on the meta device.
+class Stage:
+    """A base with its parameters on the meta device. It is rehearsed on copies, and stays as it is."""
 
-    `chosen` picks the slots that get a prefix; None: all. Raises ModelError for a base that goes a way which
-    depends on numbers.
-    """
-    base = make()
-    number = {weight: n for n, weight in enumerate(_in_order(base))}
-    weights = tuple(Weights(w.numel(), w.element_size()) for w in number)
-    held = {
-        name: tuple(number[w] for w in module.parameters(recurse=_is_one(module)))
-        for name, module in _hooked(base)
-    }
-    buffer_bytes = sum(b.numel() * b.element_size() for b in base.buffers())
-    sizes = sizes_of(base)
-    assert keys.recompute != "auto"
-    again = set(repeated_layers(base, keys.recompute))
-    stack = shortened(base, again) if chosen is None else None
-    kept = keys.model_copy(update={"recompute": len(again.intersection(repeatable_layers(base)))})
-    try:
-        marks, slots = _performed(base, kept, shape, device_type, chosen)
-        if stack is not None:
-            marks, slots = laid_out(marks, stack), _all_slots(slots, stack)
-    except (IrregularError, ModelError):
-        if stack is None:
-            raise
-        marks, slots = _performed(make(), keys, shape, device_type, chosen)
-    return Rehearsal(
-        Course(weights, held, tuple(mark.moment for mark in marks)),
-        buffer_bytes,
-        tuple(mark.highest for mark in marks),
-        sum(mark.flops for mark in marks),
-        slots,
-        sizes,
-    )
+    def __init__(self, base: Any) -> None:
+        number = {weight: n for n, weight in enumerate(_in_order(base))}
+        self._base = base
+        self._weights = tuple(Weights(w.numel(), w.element_size()) for w in number)
+        self._held = {
+            name: tuple(number[w] for w in module.parameters(recurse=_is_one(module)))
+            for name, module in _hooked(base)
+        }
+        self._buffer_bytes = sum(b.numel() * b.element_size() for b in base.buffers())
+        self._sizes = sizes_of(base)
+
+    def rehearsed(
+        self, keys: ModelKeys, shape: Shape, device_type: str, chosen: Chosen | None = None
+    ) -> Rehearsal:
+        """One micro-batch of training.
+
+        `chosen` picks the slots that get a prefix; None: all. Raises ModelError for a base that goes a way
+        which depends on numbers.
+        """
+        marks, slots = self._performed(keys, shape, device_type, chosen)
+        return Rehearsal(
+            Course(self._weights, self._held, tuple(mark.moment for mark in marks)),
+            self._buffer_bytes,
+            tuple(mark.highest for mark in marks),
+            sum(mark.flops for mark in marks),
+            slots,
+            self._sizes,
+        )
+
+    def _performed(
+        self, keys: ModelKeys, shape: Shape, device_type: str, chosen: Chosen | None
+    ) -> tuple[list[Mark], tuple[Slot, ...]]:
+        assert keys.recompute != "auto"
+        again = set(repeated_layers(self._base, keys.recompute))
+        short = shortened(self._base, again) if chosen is None else None
+        if short is not None:
+            base, stack = short
+            kept = keys.model_copy(update={"recompute": stack.again})
+            with suppress(IrregularError, ModelError):
+                marks, slots = _performed(base, kept, shape, device_type, None)
+                return laid_out(marks, stack), _all_slots(slots, stack)
+        return _performed(copy.deepcopy(self._base), keys, shape, device_type, chosen)
 
 
 def between(few: Rehearsal, many: Rehearsal, part: float) -> Rehearsal:
