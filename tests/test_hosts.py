@@ -153,12 +153,12 @@ def test_hostile_names_arrive_over_ssh(hosts, work):
 
 def test_a_host_that_stays_away_is_gone_on_without(hosts, work):
     """Three hosts lose one for good in the middle of a run; two finish it."""
-    words = ["train.max_steps=400", "run.save_every=20", "--max-restarts", "1", "--min-nodes", "2"]
+    words = ["train.max_steps=160", "run.save_every=20", "--max-restarts", "1", "--min-nodes", "2"]
     process = started(*over_ssh(hosts, work, "fewer", "host-0,host-1,host-2", *words))
     Job(hosts, work / "run.yaml", work / "fewer", process).wait_for_steps()
     hosts.all[2].cut()
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=300)
     finally:
         hosts.all[2].mend()
     assert process.returncode == 0, out + err
