@@ -32,9 +32,8 @@ class _Blank:
 
 def bare_base(keys: ModelKeys) -> Any:
     """The base as a run would have it. Raises PrefixError."""
-    base = skeleton(base_config(keys), keys.trust_remote_code, getattr(torch, keys.dtype)).requires_grad_(
-        False
-    )
+    dtype = getattr(torch, keys.dtype)
+    base = skeleton(base_config(keys), keys.trust_remote_code, dtype).requires_grad_(False)
     if keys.bits == 8:
         _exchange(base, lambda p: Promise.of(_Blank(tuple(p.shape), p.dtype)))
         stored_in_8_bits(base, keys.vocabulary_bits == 8, keys.in_16_bits)
