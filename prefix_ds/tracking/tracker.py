@@ -35,7 +35,7 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]  # MLflow's words
 
 # A request that hangs is given up some day; a large file may take its time.
 _FINITE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-_START_SECONDS = 45.0  # the longest that a mirror may take to import MLflow and to make a database
+_START_SECONDS = 90.0  # the longest that a mirror may take to import MLflow and to make a database
 _SILENT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
