@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/prefix-ds demo
 
 test: $(TESTED)
-	$(BIN)/pytest -q --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(TESTED)
 	$(BIN)/ruff check .
