@@ -15,7 +15,14 @@ from rich.console import Console
 from rich.text import Text
 
 from prefix_ds.config import RunConfig
-from prefix_ds.data.examples import Examples, length_marks, lengths_text, source_of, tokenise_split
+from prefix_ds.data.examples import (
+    Examples,
+    check_ids,
+    length_marks,
+    lengths_text,
+    source_of,
+    tokenise_split,
+)
 from prefix_ds.data.source import Records, named_files, read_records
 from prefix_ds.data.template import Template, parse_template
 from prefix_ds.data.tokenise import template_keys
@@ -23,7 +30,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import PrefixError
 from prefix_ds.loading import load_tokenizer
-from prefix_ds.suitability import check_base, check_text
+from prefix_ds.suitability import check_base, check_lengths
 
 Answer = TypeVar("Answer")
 
@@ -51,29 +58,32 @@ def check_run(config: RunConfig, console: Console) -> None:
     """Shows a run's data on the console. Raises PrefixError, with a line for everything that is wrong."""
     problems = Problems()
     problems.of(lambda: vet(deepspeed_settings(config, world_size=1), config.engine.deepspeed))
-    problems.of(lambda: check_base(config))
+    base = problems.of(lambda: check_base(config))
     problems.of(lambda: source_of("train", config.data))
     has_tokenizer = bool(config.model.tokenizer or config.model.name)
     tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data)) if has_tokenizer else None
     if tokenizer is not None:
-        problems.of(lambda: check_text(config, tokenizer))
+        problems.of(lambda: check_lengths(config, tokenizer, base))
     if not has_tokenizer:
         console.print("The run will make its own tokenizer; until then lengths are in characters.")
     for split in ("train", "valid", "test"):
         if getattr(config.data, split):
-            for line in _split_view(split, config, tokenizer, problems):
+            for line in _split_view(split, config, tokenizer, base, problems):
                 console.print(line, soft_wrap=True)
     if problems.lines:
         raise PrefixError(f"{len(problems.lines)} to mend:", *(f"  {line}" for line in problems.lines))
     console.print("Nothing is wrong.", style="green")
 
 
-def _split_view(split: str, config: RunConfig, tokenizer: Any, problems: Problems) -> list[Text]:
+def _split_view(split: str, config: RunConfig, tokenizer: Any, base: Any, problems: Problems) -> list[Text]:
     """What there is to show of a split; nothing where it has problems."""
     records = _records(split, config, problems)
 
     def in_tokens() -> list[Text]:
-        return _in_tokens(tokenise_split(split, config.data, tokenizer), tokenizer)
+        examples = tokenise_split(split, config.data, tokenizer)
+        if base is not None:
+            check_ids([examples], tokenizer, base.get_input_embeddings().weight.shape[0])
+        return _in_tokens(examples, tokenizer)
 
     if config.data.messages:
         return (problems.of(in_tokens) if tokenizer is not None and records is not None else None) or []

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from prefix_ds.checkpoint import read_prefix
 from prefix_ds.config import RunConfig
-from prefix_ds.data.examples import load_examples, source_of
+from prefix_ds.data.examples import Examples, check_ids, load_examples, source_of
 from prefix_ds.data.prompts import Prompt, read_prompts, tell_cut
 from prefix_ds.dist import World, first_here_first, joined_world, on_first, peers_may_die, together
 from prefix_ds.errors import ConfigError
@@ -58,6 +58,7 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
         if world.is_first:
             tell_cut(prompts, config.data.max_length)
         opened = _opened(folder, config, request, world)
+        together(lambda: _check_reach(opened, examples, config))
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)
         on_first(world, lambda: _deliver(folder, config, request, prompts, losses, outputs, started))
@@ -93,6 +94,13 @@ def _opened(folder: RunFolder, config: RunConfig, request: Request, world: World
         return opened
     start = initial_prefix(opened.lm, config.prefix, opened.tokenizer, config.train.seed, world.device)
     return replace(opened, table_PD=start.table().detach(), slots=start.slots)
+
+
+def _check_reach(opened: Opened, examples: Examples, config: RunConfig) -> None:
+    """Raises ConfigError or DataError for a position or a token that the base has not."""
+    check_ids([examples], opened.tokenizer, opened.lm.vocab_size)
+    longest = int(examples.lengths.max(initial=0)) + (0 if opened.table_PD is None else len(opened.table_PD))
+    opened.lm.check_length(longest, "data.max_length")
 
 
 def _outputs(opened: Opened, prompts: Sequence[Prompt], config: RunConfig, world: World) -> list[str] | None:

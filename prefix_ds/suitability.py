@@ -18,6 +18,7 @@ from prefix_ds.loading import check_new, vetted_config
 from prefix_ds.model.attention import Joint
 from prefix_ds.model.base import no_attention_to_join, switch_attention
 from prefix_ds.model.families import check_family
+from prefix_ds.model.positions import check_length
 from prefix_ds.model.skeleton import skeleton
 from prefix_ds.model.trial import Trial
 from prefix_ds.plan.experts import balance_experts
@@ -25,36 +26,46 @@ from prefix_ds.plan.meter import Meter
 from prefix_ds.prefix import Slot
 
 
-def check_base(config: RunConfig) -> None:
-    """Raises ConfigError or ModelError for a base that this run is not for. Makes no collective call."""
+def check_base(config: RunConfig) -> Any:
+    """The base's `skeleton`; None where there is none to be had.
+
+    Raises ConfigError or ModelError for a base that this run is not for. Makes no collective call.
+    """
     if config.train.method == "pretrain":
         check_new(config.model)
-        return
+        return None
     base_config = vetted_config(config.model)
     if config.train.method == "prefix":
         for part in (base_config, base_config.get_text_config(decoder=True)):
             check_family(str(part.model_type))
-        slots = slots_without_weights(base_config, config.model)
-        if slots is not None:
-            chosen_slots(slots, config.prefix)
+    try:
+        base = skeleton(base_config, config.model.trust_remote_code)
+    except Exception:  # loading it says why
+        return None
+    if config.train.method == "prefix" and (slots := slots_without_weights(base, config.model)) is not None:
+        chosen_slots(slots, config.prefix)
+    return base
 
 
-def check_text(config: RunConfig, tokenizer: Any) -> None:
-    """Raises ConfigError for a text to start from that `prefix.length` does not hold."""
-    keys = config.prefix
-    if config.train.method == "prefix" and keys.init == "text":
-        text_tokens(tokenizer, keys.text or "", keys.length)
+def check_lengths(config: RunConfig, tokenizer: Any, base: Any) -> None:
+    """Raises ConfigError where a text has no room: in `prefix.length`, or in the base's table of positions.
+
+    `base` is what `check_base` gave.
+    """
+    keys, length = config.prefix, 0
+    if config.train.method == "prefix":
+        is_text = keys.init == "text"
+        length = len(text_tokens(tokenizer, keys.text or "", keys.length)) if is_text else keys.length or 0
+    if base is not None:
+        check_length(base, length, "prefix.length")
+        check_length(base, length + config.data.max_length, "data.max_length")
 
 
-def slots_without_weights(base_config: Any, keys: ModelKeys) -> list[Slot] | None:
-    """The places for a prefix, in order of call; None where that cannot be told.
+def slots_without_weights(base: Any, keys: ModelKeys) -> list[Slot] | None:
+    """The places for a prefix in a skeleton, in order of call; None where that cannot be told.
 
     Raises ModelError for a base without any.
     """
-    try:
-        base = skeleton(base_config, keys.trust_remote_code)
-    except Exception:  # loading it says why
-        return None
     switch_attention(base, keys.attention)
     balance_experts(base)
     trial = Trial(torch.device("meta"))

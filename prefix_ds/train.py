@@ -58,7 +58,7 @@ from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, claim
 from prefix_ds.speed import Cost, Gauge, Products, cost_of, medians, peak_flops
 from prefix_ds.stop import StopRequest
-from prefix_ds.suitability import check_base, check_text
+from prefix_ds.suitability import check_base, check_lengths
 from prefix_ds.tracking import (
     DatasetFacts,
     Facts,
@@ -98,14 +98,13 @@ def train(config: RunConfig) -> Progress:
 
 
 def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
-    folder, settings = together(lambda: _prepared(config, world))
+    folder, settings, skeleton = together(lambda: _prepared(config, world))
     tokenizer = _tokenizer(config, folder, world)
-    together(lambda: check_text(config, tokenizer))
+    together(lambda: check_lengths(config, tokenizer, skeleton))
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
     on_first(world, lambda: _write_settings(folder, trained.base.settings))
-    if len(tokenizer) > trained.lm.vocab_size:
-        together(lambda: check_ids(examples.values(), trained.lm.vocab_size))
+    together(lambda: check_ids(examples.values(), tokenizer, trained.lm.vocab_size))
     memory = RunMemory(folder, world, config, examples["train"].digest)
     start = memory.restore(trained.engine)
     limits = limits_for(trained.lm, config)
@@ -137,12 +136,12 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     return end
 
 
-def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings]:
-    """The run folder, and what DeepSpeed's file and run.yaml say of its settings."""
+def _prepared(config: RunConfig, world: World) -> tuple[RunFolder, Settings, Any]:
+    """The run folder, what DeepSpeed's file and run.yaml say of its settings, the base without weights."""
     settings = deepspeed_settings(config, world.size)
     vet(settings, config.engine.deepspeed)
-    check_base(config)
-    return claim(config) if world.is_first else RunFolder(Path(config.run.folder)), settings
+    skeleton = check_base(config)
+    return claim(config) if world.is_first else RunFolder(Path(config.run.folder)), settings, skeleton
 
 
 def _write_settings(folder: RunFolder, settings: Settings) -> None:

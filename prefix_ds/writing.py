@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prefix_ds.config import GenerateKeys
-from prefix_ds.data.prompts import Prompt
+from prefix_ds.data.prompts import Prompt, check_prompts
 from prefix_ds.dist import World, gathered, numbers_in_turn
 from prefix_ds.engine.sharding import Sharded
 from prefix_ds.engine.whole import whole
@@ -76,11 +76,12 @@ def write_outputs(
 ) -> list[Written]:
     """One output a prompt, in the order of the prompts, with a bar if `is_shown`.
 
-    Raises ConfigError. Every rank calls this.
+    Raises ConfigError and DataError. Every rank calls this.
     """
     lengths = [len(prompt.ids) for prompt in prompts]
     more = (0 if writer.table_PD is None else len(writer.table_PD)) + keys.max_new_tokens
     writer.lm.check_length(max(lengths) + more, "generate.max_new_tokens")
+    check_prompts(prompts, writer.lm.vocab_size)
     manner = manner_of(writer.lm, writer.sharded, keys, world, max(lengths) + more)
     batches = batches_of(lengths, more, manner)
     with whole(writer.sharded) if manner.is_whole else nullcontext():

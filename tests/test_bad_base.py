@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefix_ds.errors import EXIT_USER
 from tests.ranks import command
 from tests.refusals import refusal
 from tests.tiny_models import tiny_config
@@ -19,6 +20,14 @@ WEIGHTS, TENSOR = "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
 def base(place, tmp_path):
     """A copy of the base, to be spoiled."""
     return shutil.copytree(place / "base", tmp_path / "base")
+
+
+def problems(*words):
+    """What `prefix-ds WORDS` has to say of a run that is wrong."""
+    (ended,) = command(*words)
+    assert ended.code == EXIT_USER, ended.err
+    assert "Traceback" not in ended.err
+    return ended.err
 
 
 @pytest.fixture
@@ -117,11 +126,39 @@ def test_more_positions_than_the_base_has_learnt(refused, place):
             "data.max_length: takes 41 positions with all that comes before; gpt2 has only"
         )
     assert "prefix.length: takes 41 positions" in refused(place / "short", "prefix.length=41")
+    words = ["check", place / "run.yaml", f"model.name={place}/short"]
+    assert "data.max_length: takes 41 positions" in problems(*words, "data.max_length=33", *start)
     words = [f"model.name={place}/short", "data.max_length=32", *start]
     (ended,) = command("train", place / "run.yaml", *words)
     assert ended.code == 0, ended.err
+    long = place / "long.jsonl"
+    long.write_text(json.dumps({"q": "the cat sees " * 20, "a": "the dog"}))
+    words = ["evaluate", place / "run", f"data.test={long}", "data.max_length=64", "data.prompt={q}"]
+    for size in (1, 2):
+        line = refusal(*words, "data.target={a}", size=size, after_log=True)
+        assert line.startswith("data.max_length: takes ")
     words = ["generate", place / "run", "--prompt", "the cat sees"]
     assert "generate.max_new_tokens: takes " in refusal(*words, "generate.max_new_tokens=40")
+
+
+def test_a_tokenizer_with_a_token_that_the_base_has_not(refused, place, base):
+    """Everywhere in one line: an index error on a CPU, a dead process on a GPU."""
+    run = place / "whole"
+    (ended,) = command("train", place / "run.yaml", f"model.name={base}", f"run.folder={run}")
+    assert ended.code == 0, ended.err
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(place / "more")
+    (place / "zebra.jsonl").write_text(json.dumps({"q": "the zebra sees", "a": "the zebra"}))
+    more = [f"model.tokenizer={place}/more", "data.prompt={q}", "data.target={a}"]
+    data = [f"data.{split}={place}/zebra.jsonl" for split in ("train", "valid", "test")]
+    said = (
+        f"has token {len(tokenizer) - 1}, and the base has {len(tokenizer) - 1}: is the tokenizer the base's"
+    )
+    assert f"data.train: {said}" in problems("check", place / "run.yaml", f"model.name={base}", *more, *data)
+    assert f"data.test: {said}" in refusal("evaluate", run, *more, *data, after_log=True)
+    assert f"a prompt {said}" in refusal("generate", run, "--prompt", "a zebra", *more, after_log=True)
+    assert f"data.train: {said}" in refused(base, *more, *data)
 
 
 @pytest.mark.parametrize(

@@ -972,15 +972,15 @@ def test_load_examples_is_the_same_in_a_group_of_one(tmp_path, tokenizer, monkey
 
 def test_a_token_that_the_base_has_not_is_told(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
-    examples = tokenise_split(
-        "train", DataKeys(train=str(path), prompt="{q}", target="{a}"), make_tokenizer()
-    )
+    data, tokenizer = DataKeys(train=str(path), prompt="{q}", target="{a}"), make_tokenizer()
+    examples = tokenise_split("train", data, tokenizer)
     largest = max(max(ids) for ids in examples.ids(range(len(examples))))
-    check_ids([examples], largest + 1)
+    assert largest < len(tokenizer)
+    check_ids([examples], tokenizer, largest + 1)
     with pytest.raises(
         DataError, match=rf"^data\.train: has token {largest}, and the base has {largest}: is"
     ):
-        check_ids([examples], largest)
+        check_ids([examples], tokenizer, largest)
 
 
 def examples_of_two_machines(folder):

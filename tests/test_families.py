@@ -26,6 +26,7 @@ from prefix_ds.errors import ModelError
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.families import REFUSED
 from prefix_ds.model.likelihood import summed_nll
+from prefix_ds.model.skeleton import skeleton
 from prefix_ds.suitability import slots_without_weights
 from tests.laws import batch_of, calls_of, distance, seen_steps, table_of
 from tests.tiny_models import FAMILIES, tiny, tiny_config
@@ -301,7 +302,7 @@ def test_attention_of_another_kind_is_refused(family: str) -> None:
 def test_without_weights_the_same_families_are_refused(family: str) -> None:
     is_refused = family in NEVER_CALLED
     with pytest.raises(ModelError, match="never call") if is_refused else nullcontext():
-        slots_without_weights(tiny_config(family), ModelKeys(name="here"))
+        slots_without_weights(skeleton(tiny_config(family), False), ModelKeys(name="here"))
 
 
 def named(family: str) -> Any:

@@ -90,14 +90,18 @@ class Examples:
         return max(pc.max(chunk.flatten()).as_py() or 0 for chunk in self._table[:].column("ids").chunks)
 
 
-def check_ids(splits: Iterable[Examples], vocab_size: int) -> None:
-    """Raises DataError for a token that the base has not. Reads every id."""
-    for examples in splits:
-        if (largest := examples.largest_id()) >= vocab_size:
-            raise DataError(
-                f"{examples.records.key}: has token {largest}, and the base has {vocab_size}: is the "
-                "tokenizer the base's own?"
-            )
+def check_ids(splits: Iterable[Examples], tokenizer: Any, vocab_size: int) -> None:
+    """Raises DataError for a token that the base has not. Reads every id where the tokenizer has more."""
+    for examples in splits if len(tokenizer) > vocab_size else ():
+        check_id(examples.largest_id(), vocab_size, f"{examples.records.key}:")
+
+
+def check_id(largest: int, vocab_size: int, place: str) -> None:
+    """Raises DataError, beginning with `place`, where the base has not this token."""
+    if largest >= vocab_size:
+        raise DataError(
+            f"{place} has token {largest}, and the base has {vocab_size}: is the tokenizer the base's own?"
+        )
 
 
 def load_examples(split: str, data: DataKeys, tokenizer: Any, world: dist.World) -> Examples:

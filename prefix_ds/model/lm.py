@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from prefix_ds.data.batch import Batch, Document
 from prefix_ds.dist import on_all
-from prefix_ds.errors import ConfigError
 from prefix_ds.int8 import Watched
 from prefix_ds.model import decoding
 from prefix_ds.model.attention import OVER_OWN, Documents, Joint
@@ -33,7 +32,7 @@ from prefix_ds.model.finish import finish_of
 from prefix_ds.model.head import Head
 from prefix_ds.model.likelihood import nll_of_each, nll_of_each_behind, summed_nll
 from prefix_ds.model.norms import take_over_norms
-from prefix_ds.model.positions import num_learnt, positions_of
+from prefix_ds.model.positions import check_length, positions_of
 from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.sources import Given, Recorder
 from prefix_ds.model.steps import Steps
@@ -67,7 +66,6 @@ class PrefixLM:
         switch_attention(base, attention)
         self._joint = Joint(base)
         self._positions = positions_of(base)
-        self._num_positions = num_learnt(base)
         self._head = Head(base.get_output_embeddings())
         contexts = self._joint.checkpoint_contexts
         self._recomputation = Recomputation(base, recompute, contexts) if recompute else None
@@ -118,11 +116,7 @@ class PrefixLM:
 
     def check_length(self, num_positions: int, key: str) -> None:
         """Raises ConfigError, naming `key`, where the base has a table of positions and it is shorter."""
-        if self._num_positions is not None and num_positions > self._num_positions:
-            raise ConfigError(
-                f"{key}: takes {num_positions} positions with all that comes before; {self.family} has only "
-                f"learnt {self._num_positions}"
-            )
+        check_length(self.base, num_positions, key)
 
     def loss(self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot]) -> Tensor:
         """The summed negative log-likelihood of the batch's targets, behind the prefix or behind none.

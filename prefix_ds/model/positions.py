@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from prefix_ds.errors import ConfigError
+from prefix_ds.model.base import family_of
+
 _TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -57,6 +60,16 @@ def num_learnt(base: Any) -> int | None:
     if limit is None or not any(limit <= rows <= limit + 2 for rows in tables):  # OPT has two rows more
         return None
     return int(limit) - _first_position(base)
+
+
+def check_length(base: Any, num_positions: int, key: str) -> None:
+    """Raises ConfigError, naming `key`, where the base has a table of positions and it is shorter."""
+    limit = num_learnt(base)
+    if limit is not None and num_positions > limit:
+        raise ConfigError(
+            f"{key}: takes {num_positions} positions with all that comes before; {family_of(base)} has only "
+            f"learnt {limit}"
+        )
 
 
 def _parameters(module: nn.Module) -> set[str]:
