@@ -23,12 +23,16 @@ _SCORE_HEAD = ("of", "split", "records", "score", "value")
 
 @dataclass(frozen=True)
 class Part:
-    """A run whose prefix is exported: its configuration, the facts of its prefix, its evaluations by name."""
+    """A run whose prefix is exported: its configuration, the facts of its prefix, its evaluations by name.
+
+    `end_of_turn` is the token that ends an answer, None for the tokenizer's own.
+    """
 
     config: RunConfig
     facts: PrefixFacts
     length: int
     evaluations: Mapping[str, Verdict]
+    end_of_turn: str | None = None
 
 
 def card(parts: Iterable[Part], note: str = "") -> str:
@@ -42,7 +46,7 @@ def card(parts: Iterable[Part], note: str = "") -> str:
         f"layer of a frozen base, made with prefix-ds {facts.version}.",
         *([note[0].upper() + note[1:] + "."] if note else []),
         *(_part(part, f" {number}" if others else "") for number, part in enumerate(parts, start=1)),
-        _loading(config, facts),
+        _loading(first),
         "## Licence\n\nNot stated. The base and the data have licences of their own; state yours here and in "
         "the header (`license:`).",
     ]
@@ -119,21 +123,26 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(config: RunConfig, facts: PrefixFacts) -> str:
+def _loading(part: Part) -> str:
+    config, facts = part.config, part.facts
     revision = f", revision={json.dumps(facts.revision)}" if facts.revision else ""
     window = f"\n\nBeware: {lost_behind(facts.window)}." if facts.window else ""
     tokenizer = json.dumps(config.model.tokenizer or facts.base)
+    of_turn = part.end_of_turn
+    end = f"tokenizer.convert_tokens_to_ids({json.dumps(of_turn)})" if of_turn else "tokenizer.eos_token_id"
     return f'''## How to load it
 
 With PEFT (`pip install peft`), in this folder:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 base, adapter = {json.dumps(facts.base)}, "."
 tokenizer = AutoTokenizer.from_pretrained({tokenizer}{revision if not config.model.tokenizer else ""})
 model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{config.model.dtype}")
+end = {end}
+model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # and none of the base's own
 model = PeftModel.from_pretrained(model, adapter).eval()
 
 {_asking(config.data)}

@@ -200,6 +200,8 @@ def export(
     from prefix_ds.exporting import export_runs, export_to_mlflow
 
     run, *overrides = words
+    if mlflow is None and uri is not None:
+        raise ConfigError("export: --uri goes with --mlflow NAME")
     if mlflow is None:
         export_runs([Path(word) for word in words], merge=merge)
     elif all("=" in word for word in overrides) and not merge:

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,9 +15,10 @@ from prefix_ds.card import Part, card, lost_behind
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import MlflowKeys, RunConfig
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
-from prefix_ds.errors import ConfigError, RunError
+from prefix_ds.errors import ConfigError, PrefixError, RunError
 from prefix_ds.export import export_prefix
 from prefix_ds.files import telling_disk_errors
+from prefix_ds.loading import load_tokenizer
 from prefix_ds.logs import configure_logging
 from prefix_ds.merging import MEANING, merged
 from prefix_ds.run_folder import RunFolder, open_run, write_config
@@ -35,8 +37,10 @@ def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
     """
     configure_logging()
     *runs, out = paths
-    if not runs or (len(runs) > 1 and not merge):
+    if len(runs) != 1 and not merge:
         raise ConfigError("export: expected RUN OUT, or --merge RUN RUN... OUT")
+    if merge and len(runs) < 2:
+        raise ConfigError("export --merge: expected RUN RUN... OUT")
     parts, prefixes = zip(*map(_part, runs), strict=True)
     if window := prefixes[0].facts.window:
         log.warning("%s", lost_behind(window))
@@ -67,8 +71,21 @@ def _part(run: Path, overrides: Sequence[str] = ()) -> tuple[Part, SavedPrefix]:
     folder, config = open_run(run, overrides)
     if config.train.method != "prefix":
         raise RunError(f"{run}: train.method is {config.train.method}: there is no prefix, only model/")
+    config = _found_from_anywhere(config)
     prefix = read_prefix(folder.prefix)
-    return Part(config, prefix.facts, prefix.length, read_verdicts(run)), prefix
+    prefix = replace(prefix, facts=replace(prefix.facts, base=_whole(prefix.facts.base)))
+    return Part(config, prefix.facts, prefix.length, read_verdicts(run), _end_of_turn(config)), prefix
+
+
+def _end_of_turn(config: RunConfig) -> str | None:
+    """The token that ends an answer in a chat; None for texts, and where the tokenizer is not at hand."""
+    if not config.data.is_chat:
+        return None
+    try:
+        return str(load_tokenizer(config.model, config.data).eos_token)
+    except PrefixError as error:
+        log.warning("the card does not say where an answer ends: %s", error)
+        return None
 
 
 def _slim_copy(run: Path, config: RunConfig, place: Path) -> Path:
@@ -76,7 +93,7 @@ def _slim_copy(run: Path, config: RunConfig, place: Path) -> Path:
     DeepSpeed file, if it has one of its own. Raises PrefixError."""
     slim = RunFolder(place / "run")
     slim.prefix.mkdir(parents=True)
-    write_config(slim, _found_from_anywhere(config))
+    write_config(slim, config.model_copy(update={"mlflow": MlflowKeys(uri=None)}))
     deepspeed_settings(config, world_size=1)  # else nobody could open it
     with telling_disk_errors(slim.path):
         if config.engine.deepspeed not in preset_names():
@@ -93,8 +110,12 @@ def open_slim(path: Path) -> tuple[RunFolder, RunConfig]:
 
 
 def _found_from_anywhere(config: RunConfig) -> RunConfig:
-    """The configuration with whole paths of base and tokenizer, and nothing of MLflow's own."""
+    """The configuration with whole paths of base and tokenizer."""
     names = {key: getattr(config.model, key) for key in ("name", "tokenizer")}
-    whole = {key: str(Path(name).absolute()) for key, name in names.items() if name and Path(name).is_dir()}
-    model = config.model.model_copy(update=whole)
-    return config.model_copy(update={"model": model, "mlflow": MlflowKeys(uri=None)})
+    whole = {key: _whole(name) for key, name in names.items() if name}
+    return config.model_copy(update={"model": config.model.model_copy(update=whole)})
+
+
+def _whole(name: str) -> str:
+    """A folder's path from the root; a name on the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

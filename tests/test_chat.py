@@ -1,19 +1,19 @@
 """Conversations in the base's own chat template: the ids of the library's own way, and what is refused."""
 
 import json
+import re
 
 import pytest
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM
 
 from prefix_ds.config import config_text, parse_config
 from prefix_ds.data.chat import chat_of, end_with_turns
 from prefix_ds.data.examples import tokenise_split
 from prefix_ds.data.prompts import prompt_of_text, read_prompts
 from prefix_ds.errors import ConfigError, DataError
-from prefix_ds.loading import load_tokenizer
 from tests.ranks import command
 from tests.refusals import refusal
+from tests.snippets import outcome, snippet_of
 from tests.workshop import base_folder, records, run_config, tokenizer, write_jsonl
 
 CHATML = """\
@@ -205,20 +205,12 @@ def test_a_run_learns_to_answer_and_to_stop(place):
 
 
 def test_the_exported_card_asks_as_training_did(place, tmp_path):
-    peft = pytest.importorskip("peft")
     (ended,) = command("export", place / "run", tmp_path / "adapter")
     assert ended.code == 0, ended.err
-    card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "tokenizer.apply_chat_template(" in card
-    base = AutoModelForCausalLM.from_pretrained(place / "base")
-    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    words = load_tokenizer(
-        *[getattr(parse_config((place / "run.yaml").read_text()), name) for name in ("model", "data")]
-    )
-    turns = [{"role": "user", "content": "the dog sees the bird"}]
-    ids = words.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    output = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=words.eos_token_id)
-    assert words.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True) == "the cat"
+    code = snippet_of((tmp_path / "adapter" / "README.md").read_text())
+    code, count = re.subn('"content": ".*?"', '"content": "the dog sees the bird"', code)
+    assert count == 1
+    assert outcome(code, tmp_path / "adapter") == "the cat\n"
 
 
 def test_a_base_that_was_never_taught_to_chat(tmp_path):

@@ -1,10 +1,9 @@
 """`prefix-ds export`: a card that is true and loads what it says, merging by its laws, one-line refusals."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from prefix_ds.result import window_of
 from tests.laws import batch_of, distance, table_of, tokens
 from tests.ranks import command
 from tests.refusals import refusal
+from tests.snippets import outcome, snippet_of
 from tests.test_export import FACTS, assert_same, random_slots
 from tests.tiny_models import tiny, tiny_config
 from tests.workshop import run_config
@@ -96,19 +96,6 @@ def test_the_card_says_of_what_a_score_is_and_the_prefixs_own_come_first(run, tm
     ]
 
 
-def snippet_of(text):
-    (code,) = re.findall(r"```python\n(from peft.*?)```", text, re.DOTALL)
-    return code
-
-
-def outcome(code, folder):
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def written_by_us(run):
     (ended,) = command("generate", run, "--prompt", PROMPT)
     assert ended.code == 0, ended.err
@@ -123,6 +110,26 @@ def test_the_cards_snippet_writes_what_we_write(run, tmp_path):
     assert outcome(code.replace("{source} =", PROMPT), tmp_path / "peft") == ours
     (without,) = command("generate", run, "--prompt", PROMPT, "--without-prefix")
     assert without.out != ours
+
+
+def test_a_card_loads_a_base_by_its_whole_path_and_leaves_its_authors_settings_out(run, tmp_path):
+    """The base has a penalty in its generation_config.json, and run.yaml a path from where training began."""
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.5}))
+    words = [f"model.name={os.path.relpath(base)}", f"run.folder={tmp_path}/run"]
+    (ended,) = command("train", run.parent / "run.yaml", *words)
+    assert ended.code == 0, ended.err
+    card, _ = exported(tmp_path / "peft", tmp_path / "run")
+    assert read_peft(tmp_path / "peft").base == str(base)
+    code = snippet_of(card).replace("{source} =", PROMPT)
+    assert outcome(code, tmp_path / "peft") == written_by_us(tmp_path / "run")
+
+
+def test_words_that_do_not_go_together(run, tmp_path):
+    out = tmp_path / "out"
+    assert refusal("export", run, out, "--uri", "http://x") == "export: --uri goes with --mlflow NAME"
+    assert refusal("export", "--merge", run, out) == "export --merge: expected RUN RUN... OUT"
 
 
 def test_the_readmes_script_writes_what_we_write(run, tmp_path):
