@@ -58,7 +58,11 @@ class Promise(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """What torch asks of every operation on a promise: its result, here another promise."""
+        """What torch asks of every operation on a promise: its result, here another promise.
+
+        What would change it in its place is lost: that is how families initialise weights, after these have
+        been loaded. No conversion of transformers does it; a test loads every family.
+        """
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if rule := _RULES.get(func):
@@ -231,8 +235,8 @@ def _same(promise: Promise, *_: Any, **__: Any) -> Promise:
 
 def _converted(promise: Promise, *args: Any, **options: Any) -> Promise:
     """Where a promise is sent does not matter; to which type does."""
-    dtypes = (a for a in (*args, *options.values()) if isinstance(a, torch.dtype))
-    dtype = next(dtypes, promise.source.dtype)
+    given = (a.dtype if isinstance(a, Tensor) else a for a in (*args, *options.values()))
+    dtype = next((a for a in given if isinstance(a, torch.dtype)), promise.source.dtype)
     same = dtype == promise.source.dtype
     return Promise.of(promise.source if same else Cast(promise.source, dtype))
 

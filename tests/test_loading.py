@@ -20,6 +20,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import whole_tensors
 from prefix_ds.int8 import quantised
 from prefix_ds.loading import load_base
+from prefix_ds.promise import Promise, kept
 from tests.loaded import assert_same_model, config_for, counting, loaded_whole, numbers
 from tests.ranks import on_ranks
 from tests.tiny_models import FAMILIES, tiny, tiny_config
@@ -36,6 +37,15 @@ NOT_MADE = {
 READ_TWICE = {"inkling2_text": "two parameters are made of one tensor, by an operation on all of it"}
 
 WEIGHTS = "model.safetensors"
+
+
+class Numbers:
+    """0 to 5, in two rows."""
+
+    shape, dtype = (2, 3), torch.float32
+
+    def read(self, start, stop):
+        return torch.arange(6.0)[start:stop]
 
 
 @pytest.fixture
@@ -216,3 +226,8 @@ def test_a_tied_weight_that_the_files_hold_twice(tmp_path, same):
     mine = load_base(config_for(tmp_path).model)
     assert (mine.lm_head.weight is mine.model.embed_tokens.weight) == same
     assert_same_model(mine, loaded_whole(tmp_path, "float32"))
+
+
+def test_a_promise_takes_the_type_of_another_tensor():
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    assert torch.equal(kept(Promise.of(Numbers()).to(like)), torch.arange(6.0).view(2, 3).to(like))
