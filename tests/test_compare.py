@@ -378,6 +378,19 @@ def test_a_run_may_be_called_anything(tmp_path: Path, name: str) -> None:
     assert printable(name) in html.unescape(markup)
 
 
+def test_a_key_or_a_score_may_be_called_anything(tmp_path: Path) -> None:
+    for number in (1, 2):
+        run = made_run(tmp_path, f"r{number}", "data.chat=true", f"data.chat_options={{'[/x]': {number}}}")
+        evaluated(run, "test", 1.0, {"[y]\x1b": (1.0, 0.0, 2.0)})
+    comparison = of_folders(tmp_path)
+    assert comparison.keys == ("data.chat_options.[/x]",)
+    text = on_terminal(comparison)
+    assert "[/x]" in text
+    assert "[y]\\x1b" in text
+    assert "\x1b" not in page_of(comparison, tmp_path)
+    on_terminal(comparison, width=40)
+
+
 # MLflow
 
 
