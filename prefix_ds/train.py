@@ -253,8 +253,9 @@ def _facts(config: RunConfig, folder: RunFolder, examples: Iterable[Examples]) -
 
 
 def _dataset_facts(examples: Examples) -> DatasetFacts:
-    split, source = examples.report.split, ", ".join(examples.records.names)
-    return DatasetFacts(Path(source).name or split, examples.records.identity(), split, source)
+    report, source = examples.report, ", ".join(examples.records.names)
+    name, digest = Path(source).name or report.split, examples.records.identity()
+    return DatasetFacts(name, digest, report.split, source, report.examples, report.targets)
 
 
 def _tell(world: World, trained: Trained, examples: Iterable[Examples], start: Progress) -> None:

@@ -4,10 +4,14 @@
     test.bare.json          the base with nothing in front
     test.instruction.json   the written instruction, untrained
 
-`prefix-ds evaluate` writes them; the comparison, the card of an export and MLflow's tags read them.
+`prefix-ds evaluate` writes them; the comparison, the card of an export and MLflow's tags read them. A run may
+go on after it was evaluated, so a verdict bears the mark of what was trained: its step, and the digest that a
+prefix has in its file.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefix_ds.errors import RunError
 
 _Count = Annotated[int, Field(ge=0)]
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it; a damaged file may claim any number
 
 
 class _Kept(BaseModel):
@@ -30,10 +35,26 @@ class Interval(_Kept):
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Which result of a run it is; None: that is not known."""
+
+    step: int | None = None
+    sha256: str | None = None  # of a prefix: its facts and its numbers
+
+    def is_other_than(self, other: "Mark") -> bool:
+        """Whether the two are known to be different results."""
+        if self.sha256 and other.sha256:
+            return self.sha256 != other.sha256
+        return None not in (self.step, other.step) and self.step != other.step
+
+
 class Verdict(_Kept):
     """Of one split. `loss` is in nats a target token."""
 
     split: str
+    step: int | None = None  # this and the digest: of what was trained; None as well in older files
+    sha256: str | None = None
     data: str | list[str] | None = None  # as run.yaml has it
     records: _Count
     targets: _Count
@@ -42,8 +63,12 @@ class Verdict(_Kept):
     scores: Mapping[str, Interval] = Field(default_factory=dict)
     signatures: Mapping[str, str] = Field(default_factory=dict)
     generate: Mapping[str, Any] = Field(default_factory=dict)
-    without_prefix: bool = False
     seconds: float
+
+    @property
+    def mark(self) -> Mark:
+        """What was evaluated."""
+        return Mark(self.step, self.sha256)
 
 
 def verdict_files(run: Path) -> dict[str, Path]:
@@ -67,6 +92,29 @@ def read_verdict(path: Path) -> Verdict:
         first = error.errors()[0]
         reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     raise RunError(f"{path}: is no evaluation: {reason}; evaluate again, or remove it")
+
+
+def present_verdicts(run: Path) -> dict[str, Verdict]:
+    """As `read_verdicts`, without those of another prefix than is there now. Raises RunError."""
+    found, now = read_verdicts(run), prefix_mark(run) or Mark()
+    return {name: told for name, told in found.items() if front_of(name) or not told.mark.is_other_than(now)}
+
+
+def prefix_file(run: Path) -> Path:
+    """Where a run's prefix lies, if it has one."""
+    return run / "prefix" / "prefix.safetensors"
+
+
+def prefix_mark(run: Path) -> Mark | None:
+    """The mark of the prefix in a run folder, from its file's header; None where there is none to be read."""
+    try:
+        with prefix_file(run).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, _LONGEST_HEADER)))
+        facts = json.loads(header["__metadata__"]["prefix_ds"])
+        return Mark(int(facts["step"]), str(facts["sha256"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def front_of(name: str) -> str:

@@ -29,8 +29,10 @@ def made_run(
     digests: Mapping[str, str] | None = None,
     experiment: str = "compared",
     more: Sequence[tuple[int, Mapping[str, float]]] = (),
+    targets: int = 0,
 ) -> Path:
-    """A run that ends at a loss; `more` are records at its end, as `evaluate` would add them."""
+    """A run that ends at a loss; `more` are records at its end, as `evaluate` would add them; `targets` are
+    those of its validation data."""
     config = parse_config(
         RUN, [f"run.folder={folder / 'run'}", f"mlflow.experiment={experiment}", *overrides]
     )
@@ -38,7 +40,11 @@ def made_run(
     run.mkdir()
     (run / "run.yaml").write_text(config_text(config))
     told = digests or {"train": "a" * 32, "valid": "b" * 32}
-    data = tuple(DatasetFacts(f"{split}.jsonl", digest, split, "x") for split, digest in told.items())
+    sizes = {"valid": (targets // 10, targets)}
+    data = tuple(
+        DatasetFacts(f"{split}.jsonl", digest, split, "x", *sizes.get(split, ()))
+        for split, digest in told.items()
+    )
     facts = Facts(experiment, name, flattened(config.model_dump(mode="json")), {"team": "tests"}, data)
     tracker = open_tracker(run, facts, uri=None, resume_step=None)
     start = BASE_LOSS if config.train.method == "full" else INSTRUCTION_LOSS
@@ -76,15 +82,23 @@ def evaluated(
     loss: float,
     scores: Mapping[str, tuple[float, float, float]],
     data: str = "",
+    **more: object,
 ) -> None:
     """An evaluation as `prefix-ds evaluate` writes it, on `data` or on what run.yaml names."""
     split = name.partition(".")[0]
     intervals = {s: dict(zip(("value", "low", "high"), told, strict=True)) for s, told in scores.items()}
     told = {"split": split, "data": data or f"{split}.jsonl", "records": 630, "targets": 12345}
     told |= {"loss": loss, "perplexity": math.exp(loss), "scores": intervals, "signatures": {}}
-    told |= {"generate": {}, "without_prefix": name.endswith(".bare"), "seconds": 12.3}
+    told |= {"generate": {}, "seconds": 12.3} | more
     (run / "evaluate").mkdir(exist_ok=True)
     (run / "evaluate" / f"{name}.json").write_text(json.dumps(told))
+
+
+def with_prefix(run: Path, step: int, sha256: str) -> None:
+    """Gives a run the file of a prefix, without numbers."""
+    text = json.dumps({"__metadata__": {"prefix_ds": json.dumps({"step": step, "sha256": sha256})}})
+    header = text.encode()
+    (run / "prefix" / "prefix.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def evaluation_metrics(

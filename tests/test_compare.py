@@ -32,14 +32,18 @@ from prefix_ds.compare.rows import Row
 from prefix_ds.compare.table import show
 from prefix_ds.errors import RunError, printable
 from prefix_ds.tracking import sync_run
+from prefix_ds.verdicts import present_verdicts
 from tests.browser import PROGRAM, Tab, opened
 from tests.compared import (
     BASE_LOSS,
+    FULL,
     INSTRUCTION_LOSS,
     a_sweep,
+    curve,
     evaluated,
     evaluation_metrics,
     made_run,
+    with_prefix,
 )
 from tests.mlflow_server import MlflowServer, free_port
 
@@ -262,6 +266,215 @@ def test_scores_of_seeds_on_different_data_have_no_mean(tmp_path: Path) -> None:
     assert found.notes == ["scores of different data"]
 
 
+# What is no longer true
+
+
+def test_scores_of_an_earlier_prefix_are_left_out_and_told(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    with_prefix(run, 40, "new")
+    evaluated(run, "test", 1.7, SCORES, step=40, sha256="old")
+    evaluated(run, "test.bare", 2.8, SCORES)
+    comparison = of_folders(tmp_path, by="bleu")
+    found = row(comparison, "a")
+    assert not [name for name in found.values if name.startswith("test/")]
+    assert found.notes == ["evaluated earlier"]
+    (warning,) = comparison.warnings
+    assert re.match(
+        r"a: was trained further after its evaluation \(test\).*`prefix-ds evaluate RUN` again", warning
+    )
+    assert best(comparison) == ["bare base acme/base"]
+    evaluated(run, "test", 1.7, SCORES, step=40, sha256="new")
+    assert best(of_folders(tmp_path, by="rougeL")) == ["a"]
+    assert of_folders(tmp_path).warnings == ()
+
+
+def test_scores_of_an_earlier_model_go_by_the_step(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a", *FULL)
+    evaluated(run, "test", 1.7, SCORES, step=20)
+    assert row(of_folders(tmp_path), "a").notes == ["evaluated earlier"]
+    evaluated(run, "test", 1.7, SCORES, step=40)
+    assert row(of_folders(tmp_path), "a").notes == []
+
+
+def test_an_evaluation_of_before_marks_is_read(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    with_prefix(run, 40, "new")
+    evaluated(run, "test", 1.7, SCORES, without_prefix=False)
+    assert row(of_folders(tmp_path), "a").values["test/loss"].value == 1.7
+
+
+def test_a_prefix_that_is_damaged_has_no_mark(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    evaluated(run, "test", 1.7, SCORES, step=40, sha256="x")
+    for content in (b"", b"\xff" * 9, (2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"):
+        (run / "prefix" / "prefix.safetensors").write_bytes(content)
+        assert "test/loss" in row(of_folders(tmp_path), "a").values
+
+
+def test_an_export_can_leave_out_what_is_of_another_prefix(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    evaluated(run, "test", 1.7, SCORES, step=20, sha256="old")
+    evaluated(run, "valid", 1.7, {})
+    evaluated(run, "test.instruction", 1.7, {})
+    assert list(present_verdicts(run)) == ["test.instruction", "test", "valid"]
+    with_prefix(run, 40, "new")
+    assert list(present_verdicts(run)) == ["test.instruction", "valid"]
+
+
+# What is chosen by a score
+
+CHRF = [(0, {"valid/chrf": 5.0}), (20, {"valid/chrf": 60.0}), (40, {"valid/chrf": 50.0})]
+BY_CHRF = ("evaluate.best_by=chrf", "evaluate.every=20")
+
+
+def test_the_loss_is_that_of_the_prefix_that_was_kept(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", *BY_CHRF, more=CHRF)
+    comparison = of_folders(tmp_path, by="valid/chrf")
+    values = {name: value.value for name, value in row(comparison, "a").values.items()}
+    assert (values["valid_step"], values["valid_chrf"]) == (20, 60)
+    assert values["valid_loss"] == pytest.approx(curve(INSTRUCTION_LOSS, 2.0, 0.5))
+    assert (comparison.by, best(comparison)) == ("valid_chrf", ["a"])
+    assert "validation chrf" in on_terminal(comparison)
+    assert of_folders(tmp_path, by="chrf").by == "valid_chrf"
+
+
+def test_a_step_that_was_scored_and_not_validated_has_no_loss(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", *BY_CHRF, more=[(25, {"valid/chrf": 60.0})])
+    assert "valid_loss" not in row(of_folders(tmp_path), "a").values
+
+
+# Which runs count
+
+
+def test_a_mean_is_over_the_newest_run_of_each_seed_that_finished(tmp_path: Path) -> None:
+    for seed, loss, status in (
+        (0, 9.0, "FINISHED"),
+        (0, 1.0, "FINISHED"),
+        (1, 2.5, "FAILED"),
+        (1, 1.1, "FINISHED"),
+    ):
+        made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}", loss=loss, status=status)
+    made_run(tmp_path, "a-s2", "train.seed=2", loss=0.1, status="KILLED")
+    made_run(tmp_path, "a-s3", "train.seed=3", loss=0.1, status="")
+    made_run(tmp_path, "b", "train.lr=1", loss=1.2)
+    comparison = of_folders(tmp_path)
+    found = row(comparison, "a")
+    assert found.values["valid_loss"].value == pytest.approx(1.05)
+    assert found.values["valid_loss"].count == 2
+    assert found.seeds == ["0", "1"]
+    assert found.notes == ["1 of 6 failed", "1 of 6 stopped", "1 of 6 not ended", "mean of 2 of 6 runs"]
+    assert best(comparison) == ["a"]
+
+
+def test_seeds_of_which_none_finished_have_no_mean(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}", status="FAILED")
+    comparison = of_folders(tmp_path)
+    assert (row(comparison, "a").values, row(comparison, "a").seeds) == ({}, ["0", "1"])
+    assert row(comparison, "a").notes == ["2 of 2 failed", "no run finished"]
+    assert comparison.runs[0].values["valid_loss"].value == 2.0
+    assert "no run finished" in page_of(comparison, tmp_path)
+
+
+def test_a_score_that_a_failed_try_has_is_not_one_of_the_mean(tmp_path: Path) -> None:
+    evaluated(made_run(tmp_path, "a-s0", status="FAILED"), "test", 1.0, SCORES)
+    evaluated(made_run(tmp_path, "a-s0b"), "test", 2.0, SCORES)
+    found = row(of_folders(tmp_path), "a-s0")
+    assert (found.values["test/loss"].value, found.notes[-1]) == (2.0, "mean of 1 of 2 runs")
+
+
+# What cannot be compared
+
+
+def test_what_the_longest_example_and_the_tokenizer_make_of_data_makes_them_others(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", "data.max_length=64", "data.too_long=drop", loss=1.0, targets=1000)
+    made_run(tmp_path, "b", "data.max_length=512", "data.too_long=drop", loss=2.0, targets=5000)
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == ["a", "b"]
+    (warning,) = comparison.warnings
+    assert "A: valid.jsonl (bbbbbbbb), 100 examples, 1,000 targets, 1 run; B: " in warning
+
+
+def test_outputs_of_two_tokenizers_can_be_compared_and_losses_cannot(tmp_path: Path) -> None:
+    for name, targets in (("x", 100), ("y", 200)):
+        evaluated(made_run(tmp_path, name, f"model.name=acme/{name}"), "test", 1.0, SCORES, targets=targets)
+    assert best(of_folders(tmp_path, by="rougeL")) == ["x"]
+    assert best(of_folders(tmp_path, by="test/loss")) == ["x", "y"]
+    (warning,) = of_folders(tmp_path).warnings
+    assert "test data differ: A: test.jsonl, 630 records, 100 targets, 1 run" in warning
+
+
+def test_seeds_whose_outputs_were_written_differently_have_no_mean(tmp_path: Path) -> None:
+    for seed, beams in enumerate((1, 8)):
+        run = made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}")
+        keys = {
+            "num_beams": beams,
+            "max_new_tokens": 9,
+            "temperature": 0.0,
+            "seed": seed,
+            "batch_size": beams,
+        }
+        evaluated(run, "test", 1.0 + seed, SCORES, generate=keys)
+    comparison = of_folders(tmp_path)
+    found = row(comparison, "a")
+    assert found.values["test/loss"].value == 1.5
+    assert "test/rougeL" not in found.values
+    assert found.notes == ["scores of outputs that were written differently"]
+    assert comparison.warnings == (
+        "outputs for test data were written differently: num_beams 1, max_new_tokens 9, 1 run; "
+        "num_beams 8, max_new_tokens 9, 1 run",
+    )
+
+
+# Ways without training, told by several runs
+
+
+def untrained(comparison: Comparison) -> dict[str, float]:
+    return {row.name: row.values["valid_loss"].value for row in comparison.rows if not row.is_trained}
+
+
+def test_bases_that_read_other_prompts_are_two_rows(tmp_path: Path) -> None:
+    a = made_run(tmp_path, "a", "data.prompt={text} one", "train.lr=1")
+    evaluated(a, "valid.bare", 3.0, {})
+    b = made_run(tmp_path, "b", "data.prompt={text} two")
+    evaluated(b, "valid.bare", 4.0, {})
+    rows = untrained(of_folders(a, b))
+    assert rows == untrained(of_folders(b, a))
+    assert rows["bare base acme/base (data.prompt: {text} one)"] == 3.0
+    assert rows["bare base acme/base (data.prompt: {text} two)"] == 4.0
+    assert sum(name.startswith("instruction alone") for name in rows) == 2
+
+
+def test_what_is_not_read_makes_no_row(tmp_path: Path) -> None:
+    made_run(tmp_path, "a", *FULL, "model.recompute=true", "data.packing=false")
+    made_run(tmp_path, "b", *FULL, "train.seed=4", "data.train=other.jsonl", "train.epochs=1")
+    assert [row.name for row in of_folders(tmp_path).rows if not row.is_trained] == ["bare base acme/base"]
+
+
+def test_evaluations_of_a_base_on_other_data_or_with_other_beams_are_rows_of_their_own(
+    tmp_path: Path,
+) -> None:
+    runs = [made_run(tmp_path, name, f"train.lr={lr}") for lr, name in enumerate("abc", 1)]
+    evaluated(runs[0], "test.bare", 3.0, {"bleu": (1.0, 0.0, 2.0)}, generate={"num_beams": 1})
+    evaluated(runs[1], "test.bare", 3.0, {"bleu": (2.0, 0.0, 2.0)}, generate={"num_beams": 8})
+    evaluated(runs[2], "test.bare", 4.0, {"bleu": (3.0, 0.0, 2.0)}, "other.jsonl", generate={"num_beams": 8})
+
+    def scores(*runs: Path) -> dict[str, float]:
+        rows = of_folders(*runs).rows
+        return {row.name: row.values["test/bleu"].value for row in rows if row.kind == "base"}
+
+    assert scores(*runs) == scores(*reversed(runs))
+    assert scores(*runs[:2]) == {
+        "bare base acme/base (test outputs: num_beams 1)": 1.0,
+        "bare base acme/base (test outputs: num_beams 8)": 2.0,
+    }
+    assert scores(*runs[1:]) == {
+        "bare base acme/base (test data: test.jsonl)": 2.0,
+        "bare base acme/base (test data: other.jsonl)": 3.0,
+    }
+    assert len(scores(*runs)) == 3
+
+
 # What may be missing or broken
 
 
@@ -378,6 +591,19 @@ def test_a_run_may_be_called_anything(tmp_path: Path, name: str) -> None:
     assert printable(name) in html.unescape(markup)
 
 
+def test_a_key_or_a_score_may_be_called_anything(tmp_path: Path) -> None:
+    for number in (1, 2):
+        run = made_run(tmp_path, f"r{number}", "data.chat=true", f"data.chat_options={{'[/x]': {number}}}")
+        evaluated(run, "test", 1.0, {"[y]\x1b": (1.0, 0.0, 2.0)})
+    comparison = of_folders(tmp_path)
+    assert comparison.keys == ("data.chat_options.[/x]",)
+    text = on_terminal(comparison)
+    assert "[/x]" in text
+    assert "[y]\\x1b" in text
+    assert "\x1b" not in page_of(comparison, tmp_path)
+    on_terminal(comparison, width=40)
+
+
 # MLflow
 
 
@@ -399,6 +625,7 @@ def plain(comparison: Comparison) -> dict[str, object]:
     told = as_data(comparison) | {"source": ""}
     for row in (*told["rows"], *told["runs"]):
         row["places"] = len(row["places"])
+    told["warnings"] = [re.sub(r" again \(.*\)$", " again", line) for line in told["warnings"]]
     return told
 
 
@@ -434,6 +661,32 @@ def test_a_server_knows_what_an_evaluation_read(server: MlflowServer, tmp_path: 
     sync_run(run, server.uri)
     (warning, *_) = [line for line in of_mlflow(server.uri, "read").warnings if line.startswith("test data")]
     assert "hub://***@elsewhere" in warning
+
+
+def test_a_server_knows_what_is_outdated_chosen_and_written(server: MlflowServer, tmp_path: Path) -> None:
+    told = [*CHRF, (20, evaluation_metrics("test", 1.7, SCORES))]
+    stale = made_run(tmp_path, "stale", more=told, experiment="told", targets=1000)
+    evaluated(stale, "test", 1.7, SCORES, step=20, generate={"num_beams": 1})
+    chosen = made_run(tmp_path, "chosen", *BY_CHRF, more=told, experiment="told", targets=5000)
+    evaluated(chosen, "test", 1.7, SCORES, step=20, generate={"num_beams": 1})
+    other = made_run(tmp_path, "other", "train.lr=2", more=told, experiment="told")
+    evaluated(other, "test", 1.7, SCORES, targets=77, generate={"num_beams": 8})
+    for number, status in enumerate(("FINISHED", "FINISHED", "FAILED")):
+        made_run(tmp_path, f"s{number}", "train.lr=3", loss=number, status=status, experiment="told")
+    running = made_run(tmp_path, "running", *BY_CHRF, "train.lr=4", more=told, experiment="told", status="")
+    evaluated(running, "test", 1.7, SCORES, step=20)
+    for run in sorted(tmp_path.iterdir()):
+        sync_run(run, server.uri)
+    from mlflow import MlflowClient
+
+    run_id = json.loads((running / "mlflow.json").read_text())["run_id"]
+    MlflowClient(server.uri).update_run(run_id, status="RUNNING")
+    for by in (None, "rougeL", "valid/chrf"):
+        assert plain(of_mlflow(server.uri, "told", by)) == plain(of_folders(tmp_path, by=by))
+    found = of_mlflow(server.uri, "told")
+    assert row(found, "stale").notes == ["evaluated earlier"]
+    assert row(found, "s0").values["valid_loss"].value == 1.0
+    assert any("were written differently" in line for line in found.warnings)
 
 
 def test_a_prefix_that_mlflow_lost_is_told(server: MlflowServer, tmp_path: Path) -> None:

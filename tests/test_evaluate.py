@@ -5,7 +5,9 @@ those of the libraries' command lines on the saved outputs; on any number of ran
 import functools
 import json
 import math
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -25,6 +27,8 @@ from tests.workshop import records, run_config, write_jsonl
 
 KEYS = [
     "split",
+    "step",
+    "sha256",
     "data",
     "records",
     "targets",
@@ -33,7 +37,6 @@ KEYS = [
     "scores",
     "signatures",
     "generate",
-    "without_prefix",
     "seconds",
 ]
 RECORDS = [
@@ -94,7 +97,9 @@ def test_the_summary_has_its_keys_and_its_sums(run, whole):
     summary, rows, said = whole
     assert list(summary) == KEYS
     assert summary["data"] == f"{run.parent}/test.jsonl"
-    assert (summary["split"], summary["records"], summary["without_prefix"]) == ("test", len(RECORDS), False)
+    assert (summary["split"], summary["records"]) == ("test", len(RECORDS))
+    told = json.loads((run / "prefix" / "prefix.json").read_text())
+    assert (summary["step"], summary["sha256"]) == (told["step"], told["sha256"])
     assert summary["targets"] == sum(row["num_targets"] for row in rows)
     assert summary["loss"] == pytest.approx(sum(row["nll"] for row in rows) / summary["targets"], abs=1e-9)
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
@@ -186,7 +191,7 @@ def test_the_instruction_has_the_loss_that_training_started_with(run, evaluated)
     words = ["--split", "valid", "--instruction", "evaluate.scores=[]"]
     summary, _, _ = evaluated(*words, name="valid.instruction")
     assert summary["loss"] == pytest.approx(valid_losses(run)[0], rel=1e-6)
-    assert summary["without_prefix"]
+    assert (summary["step"], summary["sha256"]) == (None, None), "nothing was trained"
     words[2] = "--without-prefix"
     bare, _, _ = evaluated(*words, name="valid.bare")
     assert bare["loss"] != pytest.approx(summary["loss"], rel=1e-3)
@@ -287,6 +292,16 @@ def test_the_numbers_join_those_of_the_run(run, tmp_path):
     assert trained["evaluate/test/chrf/low"] == summary["scores"]["chrf"]["low"]
     assert untrained["step"] == 0
     assert "evaluate/test.instruction/chrf" in untrained
+
+
+def test_a_prefix_that_was_replaced_meanwhile_leaves_no_mark(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    later = time.time() + 3600
+    os.utime(copy / "prefix" / "prefix.safetensors", (later, later))
+    (ended,) = command("evaluate", copy, "evaluate.scores=[]")
+    assert ended.code == 0, ended.err
+    summary = json.loads((copy / "evaluate" / "test.json").read_text())
+    assert (summary["step"], summary["sha256"]) == (None, None)
 
 
 def test_mlflow_has_them_and_may_be_away(run, tmp_path):
@@ -409,7 +424,12 @@ def test_a_run_of_all_weights_is_scored_as_well(tmp_path, size):
     assert sorted(scores_of(config, "chrf")) == [0, 2, 4]
     for ended in command("evaluate", tmp_path / "run", "evaluate.scores=chrf", size=size):
         assert ended.code == 0, ended.err
-    assert json.loads((tmp_path / "run" / "evaluate" / "test.json").read_text())["scores"]["chrf"]
+    summary, scores = (
+        json.loads((tmp_path / "run" / "evaluate" / "test.json").read_text()),
+        scores_of(config, "chrf"),
+    )
+    assert summary["scores"]["chrf"]
+    assert summary["step"] == max(scores, key=scores.get), "model/ is that of the best score"
 
 
 def test_the_sample_is_drawn_by_the_seed():

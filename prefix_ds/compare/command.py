@@ -117,7 +117,7 @@ def _key(row: Row) -> str:
 
 
 def _title(row: Row) -> str:
-    return f"{row.name} ({len(row.members)} seeds)"
+    return f"{row.name} ({len(row.seeds)} seeds)"
 
 
 def _figures(row: Row) -> dict[str, float]:

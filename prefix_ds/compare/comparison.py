@@ -7,17 +7,28 @@ Knows nothing of where runs were found or how the comparison is shown.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from prefix_ds.compare import measures
-from prefix_ds.compare.rows import Row, computed, measured_on, rows_over_seeds, run_row, untrained_rows
-from prefix_ds.compare.seen import DataSet, Seen
+from prefix_ds.compare.letters import (
+    BASES,
+    SPLITS,
+    Basis,
+    Letters,
+    basis_of,
+    data_line,
+    letters_of,
+    measured_on,
+    runs_text,
+)
+from prefix_ds.compare.rows import Row, computed, rows_over_seeds, run_row
+from prefix_ds.compare.seen import Seen
+from prefix_ds.compare.untrained import untrained_rows
 from prefix_ds.errors import RunError
 
 _WIDEST = 7  # measures in a table
-_Letters = Callable[[str, Seen, DataSet | None], str]
-_SPLITS = {"train": "training data", "valid": "validation data", "test": "test data"}
 
 
 @dataclass(frozen=True)
@@ -69,31 +80,31 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
     """The comparison of some runs. Raises RunError: there are none, or none that has what `by` means."""
     if not runs:
         raise RunError(f"{source}: there are no runs")
-    letter_of = _letters(runs)
+    letter_of = letters_of(runs)
 
     def of_validation(run: Seen) -> str:
-        return letter_of("valid", run, run.data.get("valid"))
+        return letter_of(basis_of(measures.DEFAULT), run, run.data.get("valid"))
 
-    rows = [*rows_over_seeds(runs), *untrained_rows(runs, of_validation)]
-    names = [name for row in rows for name in row.values]
-    judged = measures.DEFAULT if by is None else measures.named(by, names)
+    rows, singles = [*rows_over_seeds(runs), *untrained_rows(runs, of_validation)], list(map(run_row, runs))
+    names = [name for row in (*rows, *singles) for name in row.values]
+    known = [*names, *(name for run in runs for name in run.outdated)]
+    judged = measures.DEFAULT if by is None else measures.named(by, known)
     keys = _differing(runs)
-    split = measures.split_of(judged)
 
     def finished(row: Row) -> Row:
         told = {key: row.members[0].params.get(key, "") for key in keys} if row.is_trained else {}
         run, kind = _teller(row, judged), "" if row.is_trained else row.kind
-        return replace(row, keys=told, data=letter_of(split, run, measured_on(run, judged, kind)))
+        return replace(row, keys=told, data=letter_of(basis_of(judged), run, measured_on(run, judged, kind)))
 
     return Comparison(
         source,
         judged,
         tuple(_ranked(map(finished, rows), judged)),
-        tuple(_ranked([finished(run_row(run)) for run in runs], judged)),
+        tuple(_ranked(map(finished, singles), judged)),
         tuple(keys),
         tuple(measures.results(names, judged)),
         tuple(measures.costs(names, judged)),
-        tuple(_warnings(runs, letter_of, {"train", *map(measures.split_of, names)})),
+        tuple(_warnings(runs, letter_of, {("train", False), *map(basis_of, names)})),
     )
 
 
@@ -127,72 +138,28 @@ def _teller(row: Row, judged: str) -> Seen:
     def has_it(run: Seen) -> bool:
         return judged in (run.values if row.is_trained else run.untrained.get(row.kind, {}))
 
-    return next(filter(has_it, row.members), row.members[0])
+    return next(filter(has_it, row.counted), row.members[0])
 
 
-def _letters(runs: Sequence[Seen]) -> _Letters:
-    """For a split, a run and data of it, the letter of the data; none where all runs have the same."""
-    read = {split: [(run, data) for run in runs for data in _readings(split, run)] for split in _SPLITS}
-    digested = {split for split in _SPLITS if all(data.digest for _, data in read[split])}
-
-    def identity(split: str, run: Seen, data: DataSet) -> tuple[str, ...]:
-        return _identity(split, run, data, split in digested)
-
-    found = {split: list(dict.fromkeys(identity(split, *pair) for pair in read[split])) for split in _SPLITS}
-
-    def letter(split: str, run: Seen, data: DataSet | None) -> str:
-        if len(found.get(split, ())) < 2 or data is None or identity(split, run, data) not in found[split]:
-            return ""
-        return _letter(found[split].index(identity(split, run, data)))
-
-    return letter
-
-
-def _readings(split: str, run: Seen) -> list[DataSet]:
-    """What numbers of a run were measured on: in training, and by its evaluations."""
-    found = [run.data[split]] if split in run.data and split != "test" else []
-    told = {"": run.values, **dict(sorted(run.untrained.items()))}
-    names = [(name, kind) for kind, values in told.items() for name in values]
-    found += [
-        data
-        for name, kind in names
-        if measures.split_of(name) == split and (data := measured_on(run, name, kind)) is not None
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _identity(split: str, run: Seen, data: DataSet, has_digests: bool) -> tuple[str, ...]:
-    """What makes two splits one: their content where all have a digest, else their names; the targets."""
-    target = run.params.get("data.target", "")
-    if split != "train":
-        target = run.params.get("data.references", target)
-    return data.digest if has_digests else data.source, target
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index) if index < 26 else f"{_letter(index // 26 - 1)}{_letter(index % 26)}"
-
-
-def _warnings(runs: Sequence[Seen], letter_of: _Letters, measured: Collection[str]) -> list[str]:
-    lines = [_data_line(split, runs, letter_of) for split in _SPLITS if split in measured]
+def _warnings(runs: Sequence[Seen], letter_of: Letters, measured: Collection[Basis]) -> list[str]:
+    lines = [data_line(basis, runs, letter_of) for basis in BASES if basis in measured]
+    lines += [_written_line(split, runs) for split in SPLITS]
     lines += [f"{run.name}: its result is gone ({run.place})" for run in runs if run.result_is_gone]
-    return [line for line in lines if line]
+    lines += [_outdated_line(run) for run in runs if run.outdated]
+    return [line for line in dict.fromkeys(lines) if line]
 
 
-def _data_line(split: str, runs: Sequence[Seen], letter_of: _Letters) -> str:
-    groups: dict[str, list[DataSet]] = {}
-    for run in runs:
-        for letter, data in {letter_of(split, run, data): data for data in _readings(split, run)}.items():
-            groups.setdefault(letter, []).append(data)
-    if len(groups) < 2:
-        return ""
-    parts = [f"{letter}: {_told_data(group)}" for letter, group in groups.items()]
-    end = "" if split == "train" else "; numbers of one letter can be compared"
-    return f"{_SPLITS[split]} differ: {'; '.join(parts)}{end}"
+def _written_line(split: str, runs: Sequence[Seen]) -> str:
+    """A line where outputs that were scored were not all written in one way."""
+    ways = [{text for (read, _), text in run.written.items() if read == split} for run in runs]
+    counts = Counter(text for texts in ways for text in sorted(texts))
+    told = "; ".join(f"{text}, {runs_text(count)}" for text, count in counts.items())
+    return f"outputs for {SPLITS[split]} were written differently: {told}" if len(counts) > 1 else ""
 
 
-def _told_data(group: Sequence[DataSet]) -> str:
-    """`group`: one of each run."""
-    data, count = group[0], len(group)
-    digest = f" ({data.digest[:8]})" if data.digest else ""
-    return f"{data.source}{digest}, {count} {'run' if count == 1 else 'runs'}"
+def _outdated_line(run: Seen) -> str:
+    splits = ", ".join(dict.fromkeys(map(measures.split_of, run.outdated)))
+    return (
+        f"{run.name}: was trained further after its evaluation ({splits}), which is left out: "
+        f"`prefix-ds evaluate RUN` again ({run.place})"
+    )

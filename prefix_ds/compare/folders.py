@@ -6,6 +6,7 @@ it. Knows nothing of MLflow.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prefix_ds.compare.evaluations import read_evaluations
@@ -16,12 +17,14 @@ from prefix_ds.tracking import (
     DatasetFacts,
     Facts,
     Histories,
+    best_by,
     flattened,
     has_facts,
     histories_of,
     read_facts,
     read_metrics,
     result_bytes,
+    result_mark,
     summary,
     without_secrets,
 )
@@ -59,10 +62,14 @@ class Folders:
 
 
 def data_of(params: dict[str, str], noted: Sequence[DatasetFacts]) -> dict[str, DataSet]:
-    """The splits of a run: as the configuration names them, with the digests that were noted."""
-    digests = {facts.context: facts.digest for facts in noted}
-    sources = {split: params[f"data.{split}"] for split in _SPLITS if f"data.{split}" in params}
-    return {split: DataSet(source, digests.get(split, "")) for split, source in sources.items()}
+    """The splits of a run: as the configuration names them, with what was noted of them."""
+    found = {split: DataSet(params[f"data.{split}"]) for split in _SPLITS if f"data.{split}" in params}
+    for facts in noted:
+        if facts.context in found:
+            found[facts.context] = replace(
+                found[facts.context], digest=facts.digest, examples=facts.examples, targets=facts.targets
+            )
+    return found
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
@@ -77,8 +84,9 @@ def _runs_in(path: Path) -> Iterator[Path]:
 
 def _seen(run: Path) -> Seen:
     facts = read_facts(run) if has_facts(run) else _facts_of_config(run)
-    found, size = read_evaluations(run), result_bytes(run)
-    numbers = summary(histories_of(read_metrics(run)), size)
+    size = result_bytes(run)
+    numbers = summary(histories_of(read_metrics(run)), size, best_by(facts.params))
+    found = read_evaluations(run, result_mark(run, numbers))
     data = data_of(facts.params, facts.datasets)
     return Seen(
         facts.name,
@@ -89,7 +97,10 @@ def _seen(run: Path) -> Seen:
         {name: Value(number) for name, number in numbers.items()} | found.trained,
         found.untrained,
         found.data(data),
-        result_is_gone=size is None and "valid_loss" in numbers,
+        found.written,
+        tuple(found.outdated),
+        facts.started,
+        result_is_gone=size is None and "valid_step" in numbers,
     )
 
 

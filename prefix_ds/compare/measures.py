@@ -5,12 +5,13 @@ Knows nothing of runs.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prefix_ds.compare.seen import Value
 from prefix_ds.errors import RunError
 
 DEFAULT = "valid_loss"
+_VALID = "valid_"  # and the score that the best result was chosen by, of a sample of data.valid: valid_chrf
 _TITLES = {
     "valid_loss": "validation loss",
     "train_loss": "training loss",
@@ -34,7 +35,8 @@ def results(names: Iterable[str], by: str) -> list[str]:
     """What runs are worth, in the order of columns; perplexity says what the loss says."""
     known = set(names)
     scores = sorted(name for name in known if is_score(name) and not name.endswith("/perplexity"))
-    columns = dict.fromkeys((DEFAULT, by, *scores, _SIZE))
+    chosen = sorted(name for name in known if name.startswith(_VALID) and name not in _UNSHOWN)
+    columns = dict.fromkeys((DEFAULT, by, *chosen, *scores, _SIZE))
     return [name for name in columns if name in known or name == by]
 
 
@@ -50,8 +52,14 @@ def is_score(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """The split whose data a measure is of; none for what training took."""
-    return name.partition("/")[0] if is_score(name) else "valid" if name == DEFAULT else "train"
+    """The split whose data a measure is of: the training's for what training took."""
+    return name.partition("/")[0] if is_score(name) else "valid" if name.startswith(_VALID) else "train"
+
+
+def is_of_outputs(name: str) -> bool:
+    """Whether it scores what a run writes, and does not depend on a tokenizer as losses do."""
+    kind = name.partition("/")[2] if is_score(name) else name.removeprefix(_VALID)
+    return split_of(name) != "train" and kind not in ("loss", "perplexity", "step")
 
 
 def less_is_better(name: str) -> bool:
@@ -61,16 +69,19 @@ def less_is_better(name: str) -> bool:
 
 def title(name: str) -> str:
     """As the head of a column."""
+    if name.startswith(_VALID) and name not in _TITLES:
+        return f"validation {name.removeprefix(_VALID)}"
     return _TITLES.get(name, name.replace("/", " "))
 
 
 def named(wish: str, names: Iterable[str]) -> str:
     """The measure that a user means: by its name, its title, or a score's name alone. Raises RunError."""
     known = [name for name in dict.fromkeys(names) if name not in _UNSHOWN]
-    ways = (
+    ways: tuple[Callable[[str], bool], ...] = (
         lambda name: name == wish,
         lambda name: title(name) == wish,
         lambda name: is_score(name) and name.rpartition("/")[2].lower() == wish.lower(),
+        lambda name: name.startswith(_VALID) and wish.lower() in _called_while_training(name),
     )
     for is_meant in ways:
         found = [name for name in known if is_meant(name)]
@@ -79,6 +90,12 @@ def named(wish: str, names: Iterable[str]) -> str:
         if found:
             raise RunError(f"--by {wish}: may be any of {', '.join(sorted(found))}")
     raise RunError(f"--by {wish}: none of these runs has it; known: {', '.join(sorted(known)) or 'nothing'}")
+
+
+def _called_while_training(name: str) -> tuple[str, str]:
+    """What metrics.jsonl calls it, and a score alone."""
+    score = name.removeprefix(_VALID).lower()
+    return f"valid/{score}", score
 
 
 def written(name: str, value: Value | None) -> str:

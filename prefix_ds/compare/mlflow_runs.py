@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from prefix_ds.compare.evaluations import told_evaluations
 from prefix_ds.compare.folders import data_of
 from prefix_ds.compare.seen import Seen, Value
-from prefix_ds.tracking import SOURCES, Histories, summary
+from prefix_ds.tracking import SOURCES, Histories, best_by, summary, told_mark
 
 if TYPE_CHECKING:
     from prefix_ds.tracking.experiment import Experiment, ToldRun
@@ -50,14 +50,18 @@ class MlflowRuns:
     def _summaries(self, told: "Sequence[ToldRun]") -> dict[str, dict[str, float]]:
         found = {run.run_id: _told_summary(run) for run in told}
         untold = [run for run in told if not found[run.run_id] and set(SOURCES) & set(run.metrics)]
-        histories = self._experiment.histories([run.run_id for run in untold], SOURCES)
-        pairs = zip(untold, histories, strict=True)
-        return found | {run.run_id: summary(h, run.metrics.get(_SIZE)) for run, h in pairs}
+        scores = {f"valid/{best_by(run.params)}" for run in untold}
+        names = list(dict.fromkeys([*SOURCES, *sorted(scores)]))
+        histories = self._experiment.histories([run.run_id for run in untold], names)
+        return found | {
+            run.run_id: summary(history, run.metrics.get(_SIZE), best_by(run.params))
+            for run, history in zip(untold, histories, strict=True)
+        }
 
 
 def _lost_before(run: "ToldRun") -> bool:
     """Whether the result was gone when the run's summary was sent."""
-    return f"{_SUMMARY}valid_loss" in run.metrics and _SIZE not in run.metrics
+    return f"{_SUMMARY}valid_step" in run.metrics and _SIZE not in run.metrics
 
 
 def _is_prefix(run: Seen) -> bool:
@@ -73,7 +77,8 @@ def _told_summary(run: "ToldRun") -> dict[str, float]:
 
 
 def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
-    found, data = told_evaluations(run.metrics, run.tags), data_of(run.params, run.datasets)
+    found = told_evaluations(run.metrics, run.tags, told_mark(numbers))
+    data = data_of(run.params, run.datasets)
     return Seen(
         run.name,
         run.run_id,
@@ -83,5 +88,8 @@ def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
         {name: Value(number) for name, number in numbers.items()} | found.trained,
         found.untrained,
         found.data(data),
+        found.written,
+        tuple(found.outdated),
+        run.started,
         result_is_gone=_lost_before(run),
     )

@@ -1,8 +1,7 @@
-"""The rows of a comparison: a run, runs that differ in their seed only, or a way that needs no training.
+"""The rows of a comparison: a run, or runs that differ in their seed only (`untrained` has those of no run).
 
-Two ways need none and come out of the runs themselves: the bare base, which is what `train.method: full`
-validates before its first step, and the instruction alone, which is what a prefix made of a text validates
-before its own. `evaluate` adds their scores on other splits.
+A mean over seeds is over the newest run of each that finished, and there is none where the runs' data, or the
+ways their outputs were written, are known to differ.
 
 Knows nothing of where runs were found or how rows are shown.
 """
@@ -11,16 +10,15 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prefix_ds.compare.measures import DEFAULT, is_score, split_of
-from prefix_ds.compare.seen import DataSet, Seen, Value, Values
+from prefix_ds.compare.letters import measured_on
+from prefix_ds.compare.measures import is_of_outputs, is_score, split_of
+from prefix_ds.compare.seen import Seen, Value, Values
 
 SEED = "train.seed"
 _LABELS = {SEED, "run.folder"}  # and all of mlflow: they name a run and change nothing that is computed
-_BASE = ("model.name", "model.revision")
-_INSTRUCTION = (*_BASE, "model.bits", "prefix.text", "prefix.length", "prefix.layers")
 _ENDS = {"RUNNING": "not ended", "KILLED": "stopped", "FAILED": "failed"}
 
 
@@ -39,7 +37,13 @@ class Row:
     @property
     def seeds(self) -> list[str]:
         """The seeds of its runs."""
-        return [run.params[SEED] for run in self.members if SEED in run.params] if self.is_trained else []
+        runs = (self.counted or self.members) if self.is_trained else ()
+        return list(dict.fromkeys(run.params[SEED] for run in runs if SEED in run.params))
+
+    @property
+    def counted(self) -> Sequence[Seen]:
+        """The runs that its values are of: over seeds not all of them."""
+        return _counting(self.members) if self.kind == "seeds" else self.members
 
     @property
     def is_trained(self) -> bool:
@@ -52,27 +56,24 @@ class Row:
         if not self.is_trained:
             return []
         words = [word for run in self.members for word in _notes_of(run)]
-        counted = [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
-        return counted + self._partly_scored() + self._scored_apart()
+        told = [_counted(word, words.count(word), len(self.members)) for word in dict.fromkeys(words)]
+        return told + self._partly_counted() + self._partly_scored() + self._scored_apart()
+
+    def _partly_counted(self) -> list[str]:
+        """A word where the mean is not over all its runs."""
+        size, count = len(self.members), len(self.counted)
+        return [f"mean of {count} of {size} runs" if count else "no run finished"] if count < size else []
 
     def _partly_scored(self) -> list[str]:
         """A word where scores are not those of all its runs."""
         counts = [value.count for name, value in self.values.items() if is_score(name)]
-        size = len(self.members)
+        size = len(self.counted)
         return [f"scores of {min(counts)} of {size}"] if counts and min(counts) < size else []
 
     def _scored_apart(self) -> list[str]:
-        """A word where its runs have scores of different data, which have no mean."""
-        scores = {name for run in self.members for name in run.values if is_score(name)}
-        return ["scores of different data"] if scores - self.values.keys() else []
-
-
-def measured_on(run: Seen, measure: str, kind: str = "") -> DataSet | None:
-    """The data behind a measure of a run, or of a `kind` without training; None: there are none, or nobody
-    knows. An evaluation may have read others than training has."""
-    split = split_of(measure)
-    read = run.evaluated.get((split, kind)) if is_score(measure) else None
-    return read or run.data.get(split)
+        """A word where its runs have scores that have no mean."""
+        names = dict.fromkeys(name for run in self.counted for name in run.values)
+        return list(dict.fromkeys(f"scores {word}" for name in names if (word := _apart(name, self.counted))))
 
 
 def run_row(run: Seen) -> Row:
@@ -81,7 +82,8 @@ def run_row(run: Seen) -> Row:
 
 
 def rows_over_seeds(runs: Sequence[Seen]) -> list[Row]:
-    """Runs that are equal but for their seed and their names become one row: mean and deviation."""
+    """Runs that are equal but for their seed and their names become one row: mean and deviation over the
+    seeds, of each the newest run that finished."""
     groups: dict[frozenset[tuple[str, str]], list[Seen]] = {}
     for run in runs:
         groups.setdefault(frozenset(computed(run.params).items()), []).append(run)
@@ -93,30 +95,34 @@ def computed(params: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in params.items() if k not in _LABELS and not k.startswith("mlflow.")}
 
 
-def untrained_rows(runs: Sequence[Seen], data: Callable[[Seen], str]) -> list[Row]:
-    """The ways without training that the runs tell of, each once; `data` is the letter of a run's data."""
-    found: dict[tuple[str, ...], Row] = {}
-    for run in runs:
-        for kind, values in _untrained(run).items():
-            places = _INSTRUCTION if kind == "instruction" else _BASE
-            key = (kind, data(run), *(run.params.get(place, "") for place in places))
-            before = found.get(key, Row("", kind, (), {}))
-            found[key] = Row(_title(kind, run), kind, (*before.members, run), {**values, **before.values})
-    return list(found.values())
-
-
 def _row_of(group: Sequence[Seen]) -> Row:
     if len(group) == 1:
         return run_row(group[0])
-    names = [name for name in dict.fromkeys(n for run in group for n in run.values) if _is_one(name, group)]
-    values = {name: _over([run.values[name] for run in group if name in run.values]) for name in names}
+    counted = _counting(group)
+    names = [n for n in dict.fromkeys(n for run in counted for n in run.values) if not _apart(n, counted)]
+    values = {name: _over([run.values[name] for run in counted if name in run.values]) for name in names}
     return Row(_common_name([run.name for run in group]), "seeds", tuple(group), values)
 
 
-def _is_one(measure: str, group: Sequence[Seen]) -> bool:
-    """Whether scores of some runs are of the same data, and have a mean."""
-    read = {measured_on(run, measure) for run in group if measure in run.values}
-    return not is_score(measure) or len(read) == 1
+def _counting(runs: Sequence[Seen]) -> list[Seen]:
+    """Of each seed the newest run that finished: a try that failed, or was stopped, says nothing of it."""
+    finished = sorted((run for run in runs if run.status == "FINISHED"), key=lambda run: run.started)
+    newest = {run.params.get(SEED): run.place for run in finished}
+    return [run for run in runs if newest.get(run.params.get(SEED)) == run.place]
+
+
+def _apart(measure: str, runs: Sequence[Seen]) -> str:
+    """Why a measure has no mean over some runs; empty: it has one."""
+    split = split_of(measure)
+    if split == "train":
+        return ""
+    having = [run for run in runs if measure in run.values]
+    read = {data for run in having if (data := measured_on(run, measure)) is not None}
+    if not all(one.may_be(other) for one in read for other in read):
+        return "of different data"
+    written = {text for run in having if (text := run.written.get((split, "")))}
+    is_written = is_score(measure) and is_of_outputs(measure)
+    return "of outputs that were written differently" if is_written and len(written) > 1 else ""
 
 
 def _over(values: Sequence[Value]) -> Value:
@@ -136,38 +142,10 @@ def _common_name(names: Sequence[str]) -> str:
     return re.sub(r"[-_. ]*(seed|s)?[-_. =]*$", "", common) or names[0]
 
 
-def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
-    found = {kind: dict(values) for kind, values in run.untrained.items()}
-    first, method = run.values.get("first_valid_loss"), run.params.get("train.method")
-    is_text = method == "prefix" and run.params.get("prefix.init") == "text"
-    kind = "instruction" if is_text else "base" if method == "full" else ""
-    if first is not None and kind:
-        found.setdefault(kind, {})["valid_loss"] = first
-    for way, values in found.items():
-        is_same = measured_on(run, "valid/loss", way) == run.data.get("valid")
-        if "valid/loss" in values and is_same:  # evaluated on the data of training: the same number
-            values.setdefault(DEFAULT, values["valid/loss"])
-    return found
-
-
-def _title(kind: str, run: Seen) -> str:
-    if kind == "base":
-        return f"bare base {_short_path(run.params.get('model.name', ''))}".rstrip()
-    if kind != "instruction":
-        return kind
-    text, length = " ".join(run.params.get("prefix.text", "").split()), run.params.get("prefix.length")
-    positions = f" ({length} positions)" if length else ""
-    return f"instruction alone{positions}: {text}"
-
-
-def _short_path(name: str) -> str:
-    """The end of a folder's path; a hub id as it is."""
-    return "/".join(name.rstrip("/").split("/")[-2:]) if name.startswith("/") else name
-
-
 def _notes_of(run: Seen) -> list[str]:
     words = ["no metrics yet"] if not any(name != "result_bytes" for name in run.values) else []
     words += [_ENDS[run.status]] if run.status in _ENDS else []
+    words += ["evaluated earlier"] if run.outdated else []
     return words + (["result gone"] if run.result_is_gone else [])
 
 

@@ -3,8 +3,8 @@
 Knows nothing of where runs are found, and of no other run.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,20 @@ Reading = tuple[str, str]  # of an evaluation: its split, and "" (trained), "bas
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a split was: where it was read, and a digest of its content if that was noted."""
+    """What a split was, as far as it was noted: where it was read, a digest of its content, its records, and
+    what a tokenizer and the longest example made of them."""
 
     source: str
     digest: str = ""
+    records: int = 0
+    examples: int = 0
+    targets: int = 0  # tokens that a loss is a mean over
+
+    def may_be(self, other: "DataSet") -> bool:
+        """Whether nothing that is known of both differs."""
+        return all(
+            mine == its for mine, its in zip(astuple(self), astuple(other), strict=True) if mine and its
+        )
 
 
 @dataclass(frozen=True)
@@ -42,4 +52,7 @@ class Seen:
     values: Values
     untrained: Mapping[str, Values] = field(default_factory=dict)
     evaluated: Mapping[Reading, DataSet] = field(default_factory=dict)  # what evaluations read
+    written: Mapping[Reading, str] = field(default_factory=dict)  # how the outputs were that they scored
+    outdated: Sequence[str] = ()  # measures of an earlier result than the run has now
+    started: float = 0  # unix seconds
     result_is_gone: bool = False

@@ -24,7 +24,7 @@ _LONGEST = 48  # characters of a value or a name
 def show(console: Console, comparison: Comparison) -> None:
     """The tables, then the warnings."""
     beside = _keys_beside(console, comparison)
-    console.print(Text(printable(_heading(comparison)), style="bold"), soft_wrap=True)
+    console.print(_plain(_heading(comparison)), style="bold", soft_wrap=True)
     for table in comparison.tables:
         console.print(_figures(table.title, comparison.rows, beside, table))
     for table in comparison.tables if comparison.has_seeds else ():
@@ -32,7 +32,7 @@ def show(console: Console, comparison: Comparison) -> None:
     if comparison.keys and not beside:
         console.print(_differences(comparison))
     for line in comparison.warnings:
-        console.print(Text(f"warning: {printable(line)}", style="yellow"), soft_wrap=True)
+        console.print(_plain(f"warning: {line}"), style="yellow", soft_wrap=True)
 
 
 def _keys_beside(console: Console, comparison: Comparison) -> Sequence[str]:
@@ -65,9 +65,9 @@ def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], colum
         *(["data"] if has_data else []),
     ]
     for head in heads:
-        table.add_column(head, overflow="fold", min_width=_NARROWEST if head == "run" else None)
+        table.add_column(_plain(head), overflow="fold", min_width=_NARROWEST if head == "run" else None)
     for name in names:
-        table.add_column(measures.title(name), justify="right", overflow="fold")
+        table.add_column(_plain(measures.title(name)), justify="right", overflow="fold")
     if has_notes:
         table.add_column("")
     for row in rows:
@@ -89,9 +89,18 @@ def _differences(comparison: Comparison) -> Table:
     table = Table("key", "value", "runs", title="What differs", title_justify="left", box=box.SIMPLE_HEAD)
     for key in comparison.keys:
         for place, (value, names) in enumerate(by_value(key, comparison.rows).items()):
-            cells = (key if not place else "", short(value) or "none", short(", ".join(names), 3 * _LONGEST))
+            cells = (
+                printable(key) if not place else "",
+                short(value) or "none",
+                short(", ".join(names), 3 * _LONGEST),
+            )
             table.add_row(*map(Text, cells))
     return table
+
+
+def _plain(text: str) -> Text:
+    """On one line, and no markup, whatever is in brackets."""
+    return Text(printable(text))
 
 
 def short_keys(keys: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Where numbers go: JSON lines, MLflow, a progress bar."""
 
 from prefix_ds.tracking.afterwards import add_metrics
-from prefix_ds.tracking.evaluated import source_text, tagged_data
+from prefix_ds.tracking.evaluated import Told, tagged_evaluations, told_of
 from prefix_ds.tracking.facts import (
     DatasetFacts,
     Facts,
@@ -19,9 +19,12 @@ from prefix_ds.tracking.summary import (
     SOURCES,
     Histories,
     Point,
+    best_by,
     histories_of,
     result_bytes,
+    result_mark,
     summary,
+    told_mark,
 )
 from prefix_ds.tracking.sync import sync_run
 from prefix_ds.tracking.tracker import SilentTracker, Status, Tracker, open_tracker
@@ -37,8 +40,10 @@ __all__ = [
     "Record",
     "SilentTracker",
     "Status",
+    "Told",
     "Tracker",
     "add_metrics",
+    "best_by",
     "flattened",
     "has_facts",
     "histories_of",
@@ -50,9 +55,11 @@ __all__ = [
     "read_facts",
     "read_metrics",
     "result_bytes",
-    "source_text",
+    "result_mark",
     "summary",
     "sync_run",
-    "tagged_data",
+    "tagged_evaluations",
+    "told_mark",
+    "told_of",
     "without_secrets",
 ]

@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from prefix_ds.errors import PrefixError, RunError
 from prefix_ds.tracking.facts import DatasetFacts
 from prefix_ds.tracking.masking import masked, words_of
-from prefix_ds.tracking.mlflow_terms import milliseconds, plain_key, quiet_mlflow
+from prefix_ds.tracking.mlflow_terms import DATA_COUNTS, milliseconds, plain_key, quiet_mlflow
 from prefix_ds.tracking.state import absolute_uri
 from prefix_ds.tracking.summary import Histories, Point
 
@@ -49,6 +49,7 @@ class ToldRun:
     metrics: dict[str, float]  # their last values
     tags: dict[str, str]
     datasets: tuple[DatasetFacts, ...]
+    started: float  # unix seconds
 
 
 class Experiment:
@@ -177,6 +178,7 @@ def _told(run: Run) -> ToldRun:
         {name: _number(value) for name, value in run.data.metrics.items()},
         tags,
         tuple(_dataset(given) for given in (run.inputs.dataset_inputs if run.inputs else ())),
+        (run.info.start_time or 0) / 1000,
     )
 
 
@@ -186,6 +188,7 @@ def _number(value: float) -> float:
 
 
 def _dataset(given: DatasetInput) -> DatasetFacts:
-    context = next((tag.value for tag in given.tags if tag.key == "mlflow.data.context"), "")
-    dataset = given.dataset
-    return DatasetFacts(dataset.name, dataset.digest, context, dataset.source)
+    tags, dataset = {tag.key: tag.value for tag in given.tags}, given.dataset
+    counts = {name: int(tags[name]) for name in DATA_COUNTS if tags.get(name, "").isdecimal()}
+    context = tags.get("mlflow.data.context", "")
+    return DatasetFacts(dataset.name, dataset.digest, context, dataset.source, **counts)

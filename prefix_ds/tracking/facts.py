@@ -30,12 +30,15 @@ _PACKAGES = ("prefix-ds", "torch", "deepspeed", "transformers")
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """One data set a run reads: what it is called, a digest of its content, what it is for, where it is."""
+    """One data set a run reads: what it is called, a digest of its content, what it is for, where it is; and
+    what a tokenizer and the longest example make of it, 0 where that was not noted."""
 
     name: str
     digest: str
     context: str
     source: str
+    examples: int = 0
+    targets: int = 0  # tokens that are predicted
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-from prefix_ds.tracking.evaluated import data_tags
+from prefix_ds.tracking.evaluated import evaluation_tags
 from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import FILE as METRICS_FILE
@@ -35,7 +35,7 @@ from prefix_ds.tracking.mlflow_terms import (
     plain_key,
 )
 from prefix_ds.tracking.state import read_state, write_state
-from prefix_ds.tracking.summary import histories_of, result_bytes, summary
+from prefix_ds.tracking.summary import best_by, histories_of, result_bytes, summary
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +102,13 @@ class MlflowRun:
 
     def send_summary(self) -> None:
         """Sends what the run came to, so that MLflow's table of runs can be sorted by it; and of its
-        evaluations, what they read."""
-        self._tell_tags(data_tags(self._folder))
+        evaluations, what they were of."""
+        self._tell_tags(evaluation_tags(self._folder))
         records = read_metrics(self._folder)
         if not records:
             return
-        values = summary(histories_of(records), result_bytes(self._folder))
+        by = best_by(self._facts.params)
+        values = summary(histories_of(records), result_bytes(self._folder), by)
         named = {f"summary/{name}": value for name, value in values.items()}
         step = max(record.step for record in records)  # an evaluation may be of an earlier one
         if metrics := self._not_sent([Record(step, time.time(), named)]):

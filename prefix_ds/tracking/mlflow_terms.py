@@ -18,6 +18,7 @@ from prefix_ds.tracking.masking import masked
 
 METRICS_A_REQUEST = 1000
 PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000  # characters
+DATA_COUNTS = ("examples", "targets")  # of a data set, as tags of a run's use of it
 _KEY_LENGTH = 250
 
 
@@ -25,7 +26,9 @@ def dataset_input(facts: DatasetFacts) -> DatasetInput:
     """A data set as MLflow takes it."""
     source = masked(facts.source)
     dataset = Dataset(cut(facts.name, 500), facts.digest[:36], "local", cut(source, 60000))
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", facts.context)])
+    tags = {"mlflow.data.context": facts.context}  # of this run; what is said of the data set holds for all
+    tags |= {name: str(count) for name in DATA_COUNTS if (count := getattr(facts, name))}
+    return DatasetInput(dataset, [InputTag(name, value) for name, value in tags.items()])
 
 
 def is_refusal(error: Exception) -> bool:

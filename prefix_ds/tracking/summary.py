@@ -4,7 +4,9 @@ Whoever asks gets the same numbers: MLflow is told them at the end of a run as `
 table of runs can be sorted by them, and `compare` takes them from a run folder, or from MLflow's histories
 where it was not told (a run that has not ended).
 
-    valid_loss, valid_step       the lowest validation loss, and its step
+    valid_step                   of the result that is kept: the step of the lowest validation loss, or of the
+                                 highest score that `evaluate.best_by` names
+    valid_loss, valid_chrf       the validation loss and that score of this step
     first_valid_loss             the first one; before step 1 it is that of the start: of the instruction, or
                                  (train.method: full) of the bare base
     train_loss, steps            of the last step that was logged
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefix_ds.tracking.metrics import Record
+from prefix_ds.verdicts import Mark, prefix_mark
 
 RESULTS = ("prefix", "model")  # folders of a run, one of which has what came of it
 SOURCES = (
@@ -33,6 +36,9 @@ SOURCES = (
     "time/mfu",
     "memory/peak_gib",
 )
+
+
+LOSS = "loss"  # what the best is best by, if nothing else is named
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,22 @@ def result_bytes(run: Path) -> int | None:
     return sum(path.stat().st_size for path in files) if files else None
 
 
-def summary(histories: Histories, size: float | None) -> dict[str, float]:
-    """The numbers by their names, without those that are not known; `size` is that of the result."""
-    valid, last = _best(histories.get("valid/loss", [])), _last(histories.get("train/loss", []))
+def best_by(params: Mapping[str, str]) -> str:
+    """What the best result of a run with these keys is best by: `loss`, or the name of a score."""
+    return params.get("evaluate.best_by", LOSS)
+
+
+def summary(histories: Histories, size: float | None, by: str) -> dict[str, float]:
+    """The numbers by their names, without those that are not known; `size` is that of the result, `by` what
+    the best is best by."""
+    best, last = _best(histories, by), _last(histories.get("train/loss", []))
     steps = max((histories[name][-1].step for name in SOURCES if histories.get(name)), default=None)
     found = {
-        "valid_loss": valid.value if valid else None,
-        "valid_step": valid.step if valid else None,
+        **{
+            f"valid_{name}": _at(histories.get(f"valid/{name}", []), best)
+            for name in dict.fromkeys((LOSS, by))
+        },
+        "valid_step": best,
         "first_valid_loss": _first(histories.get("valid/loss", [])),
         "train_loss": last.value if last else None,
         "steps": steps,
@@ -80,10 +95,30 @@ def summary(histories: Histories, size: float | None) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _best(history: Sequence[Point]) -> Point | None:
-    """The lowest; one that is no number only where there is no other."""
+def result_mark(run: Path, numbers: Mapping[str, float]) -> Mark:
+    """The mark of what a run folder holds: a prefix says it itself, of a model the summary tells the step."""
+    return prefix_mark(run) or told_mark(numbers)
+
+
+def told_mark(numbers: Mapping[str, float]) -> Mark:
+    """The mark of a result as far as a run's summary tells it; without validation it is that of the end."""
+    step = numbers.get("valid_step", numbers.get("steps"))
+    return Mark(None if step is None else int(step))
+
+
+def _best(histories: Histories, by: str) -> int | None:
+    """The step of the lowest loss or the highest score, the first of equals; one that is no number only where
+    there is no other."""
+    history = histories.get(f"valid/{by}", [])
     numbers = [point for point in history if math.isfinite(point.value)]
-    return min(numbers, key=lambda point: point.value) if numbers else _last(history)
+    if not numbers:
+        return history[-1].step if history else None
+    sign = 1 if by == LOSS else -1
+    return min(numbers, key=lambda point: sign * point.value).step
+
+
+def _at(history: Sequence[Point], step: int | None) -> float | None:
+    return next((point.value for point in reversed(history) if point.step == step), None)
 
 
 def _first(history: Sequence[Point]) -> float | None:
