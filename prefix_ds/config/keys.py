@@ -126,7 +126,8 @@ class DataKeys(Section):
     chat_options: dict[str, Any] = key({}, "what the chat template is told, as {enable_thinking: false}")
     max_length: int = key(1024, "tokens of prompt and target together, the prefix not counted", ge=2)
     too_long: Literal["cut_prompt", "drop", "split", "error"] = key(
-        "cut_prompt", "longer examples: cut the prompt's start, drop, split into pieces (plain text), or stop"
+        "cut_prompt",
+        "longer examples: cut the prompt's start (a chat's oldest turns), drop, split (plain text), or stop",
     )
     packing: bool = key(True, "several examples in one row, which do not see each other", free=True)
     workers: int = key(1, "processes that tokenise", ge=1, free=True)
