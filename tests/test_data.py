@@ -621,6 +621,7 @@ def test_seeds_and_epochs_have_different_orders_and_a_step_has_no_history():
         (1, None, 8, 2),
         (0.5, None, 4, 3),
         (0.1, None, 1, 3),
+        (1e-300, None, 1, 1),
         (2, None, 15, 4),
         (1, 3, 3, 4),
         (1, 0, 0, 0),

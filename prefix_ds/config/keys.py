@@ -10,11 +10,15 @@ Knows nothing of tensors, clusters or files; imports no torch.
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Recompute = bool | int | Literal["auto"]
 Task = Literal["summarization", "translation", "question_answering", "data_to_text", "generation"]
+# What numbers are less than: torch takes seeds of 64 bits, and a rate of 1e30 is still a number of 32.
+_SEEDS, _MOST = 2**63, {int: 2**31, float: 1e30}
+_LEAST_TEMPERATURE = 1e-6
+
 ScoreName = Literal["rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact_match", "f1"]
 
 
@@ -24,9 +28,18 @@ def key(default: Any, doc: str, *, free: bool = False, **bounds: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A frozen group of keys; an unknown one is an error."""
+    """A frozen group of keys; an unknown one is an error, and so is a number that no run is made of."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_are_below(cls, value: Any, info: ValidationInfo) -> Any:
+        """What is larger is a slip of the hand, and sizes made of it overflow."""
+        most = _SEEDS if info.field_name == "seed" else _MOST.get(type(value))
+        if most is not None and value >= most:
+            raise PydanticCustomError("most", "expected less than {most}", {"most": most})
+        return value
 
     @field_validator("*")
     @classmethod
@@ -87,7 +100,7 @@ class ModelKeys(Section):
 class PrefixKeys(Section):
     """The trained keys and values."""
 
-    length: int | None = key(None, "positions; empty takes the length of prefix.text", ge=1)
+    length: int | None = key(None, "positions; empty takes the length of prefix.text", ge=1, le=2**20)
     init: Literal["text", "random"] = key(
         "text", "start from the keys and values of prefix.text, or from noise"
     )
@@ -158,6 +171,13 @@ class TrainKeys(Section):
     clip_norm: float = key(1.0, "largest norm of the gradient; 0 does not clip", ge=0)
     seed: int = key(0, "order of the examples and random starts", ge=0)
 
+    @field_validator("betas")
+    @classmethod
+    def _betas_are_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if all(0 <= beta < 1 for beta in betas):
+            return betas
+        raise PydanticCustomError("betas", "expected two numbers, from 0 and below 1")
+
 
 class EngineKeys(Section):
     """How the base is spread over the devices."""
@@ -203,6 +223,13 @@ class GenerateKeys(Section):
     gather: Literal["auto", "once", "each_layer"] = key(
         "auto", "once: the whole base on each rank while it writes; auto: where it fits", free=True
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _scores_can_be_divided_by_it(cls, temperature: float) -> float:
+        if temperature == 0 or temperature >= _LEAST_TEMPERATURE:
+            return temperature
+        raise PydanticCustomError("least", "expected 0, or at least {least}", {"least": _LEAST_TEMPERATURE})
 
 
 class EvaluateKeys(Section):
