@@ -162,7 +162,7 @@ class TrainKeys(Section):
     global_batch_size: int = key(64, "examples in one optimizer step, over all ranks", ge=1)
     micro_batch_tokens: int = key(8192, "tokens one rank runs at once", ge=1, free=True)
     lr: float = key(5e-3, "peak learning rate", ge=0)
-    warmup_steps: int = key(0, "steps from 0 to train.lr", ge=0)
+    warmup_steps: int = key(0, "steps from 0 to train.lr; no more than the run has", ge=0)
     schedule: Literal["cosine", "linear", "constant"] = key(
         "cosine", "what the learning rate does after the warmup"
     )
