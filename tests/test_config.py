@@ -59,3 +59,8 @@ def test_the_page_has_numbers():
 )
 def test_what_torch_and_numpy_would_break_at(word, said):
     assert said in refused(word)
+
+
+def test_a_conversation_is_in_a_field_that_has_a_name():
+    with pytest.raises(ConfigError, match=r":3: data\.messages: '': String should have at least 1 character"):
+        parse_config(f"{RUN}\ndata: {{messages: ''}}")

@@ -134,7 +134,9 @@ class DataKeys(Section):
         False, "prompt and target are what a user says and an assistant answers, in the base's chat template"
     )
     messages: str | None = key(
-        None, "in place of prompt and target: the field with a chat, the last turn of which is learnt"
+        None,
+        "in place of prompt and target: the field with a chat, the last turn of which is learnt",
+        min_length=1,
     )
     chat_options: dict[str, Any] = key({}, "what the chat template is told, as {enable_thinking: false}")
     max_length: int = key(1024, "tokens of prompt and target together, the prefix not counted", ge=2)
