@@ -23,6 +23,7 @@ from prefix_ds.data.examples import (
     source_of,
     tokenise_split,
 )
+from prefix_ds.data.order import Order
 from prefix_ds.data.source import Records, named_files, read_records
 from prefix_ds.data.template import Template, parse_template
 from prefix_ds.data.tokenise import template_keys
@@ -30,6 +31,7 @@ from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import PrefixError
 from prefix_ds.loading import load_tokenizer
+from prefix_ds.optim import check_warmup
 from prefix_ds.suitability import check_base, check_lengths
 
 Answer = TypeVar("Answer")
@@ -81,6 +83,8 @@ def _split_view(split: str, config: RunConfig, tokenizer: Any, base: Any, proble
 
     def in_tokens() -> list[Text]:
         examples = tokenise_split(split, config.data, tokenizer)
+        if split == "train":
+            check_warmup(Order(len(examples), config.train).num_steps, config.train)
         if base is not None:
             check_ids([examples], tokenizer, base.get_input_embeddings().weight.shape[0])
         return _in_tokens(examples, tokenizer)

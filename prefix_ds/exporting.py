@@ -23,7 +23,7 @@ from prefix_ds.logs import configure_logging
 from prefix_ds.merging import MEANING, merged
 from prefix_ds.run_folder import RunFolder, open_run, write_config
 from prefix_ds.tracking import log_model
-from prefix_ds.verdicts import read_verdicts
+from prefix_ds.verdicts import present_verdicts
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _part(run: Path, overrides: Sequence[str] = ()) -> tuple[Part, SavedPrefix]:
     config = _found_from_anywhere(config)
     prefix = read_prefix(folder.prefix)
     prefix = replace(prefix, facts=replace(prefix.facts, base=_whole(prefix.facts.base)))
-    return Part(config, prefix.facts, prefix.length, read_verdicts(run), _end_of_turn(config)), prefix
+    return Part(config, prefix.facts, prefix.length, present_verdicts(run), _end_of_turn(config)), prefix
 
 
 def _end_of_turn(config: RunConfig) -> str | None:

@@ -11,6 +11,16 @@ import torch
 from torch import nn
 
 from prefix_ds.config import TrainKeys
+from prefix_ds.errors import ConfigError
+
+
+def check_warmup(num_steps: int, keys: TrainKeys) -> None:
+    """Raises ConfigError for a run of so many steps that would end before it has reached `train.lr`."""
+    if keys.warmup_steps > num_steps > 0:
+        raise ConfigError(
+            f"train.warmup_steps: {keys.warmup_steps}, but the run has {num_steps} steps, and would never "
+            "reach train.lr; lower it, or train longer"
+        )
 
 
 def learning_rate(step: int, num_steps: int, keys: TrainKeys) -> float:

@@ -21,6 +21,7 @@ from prefix_ds import __version__
 from prefix_ds.config import RunConfig
 from prefix_ds.data.ahead import Ahead
 from prefix_ds.data.examples import Examples, check_ids, load_examples, source_of
+from prefix_ds.data.order import Order
 from prefix_ds.data.packing import Limits
 from prefix_ds.data.prompts import Prompt, read_prompts
 from prefix_ds.data.stream import Stream, Sweep
@@ -50,7 +51,7 @@ from prefix_ds.memory import RunMemory
 from prefix_ds.model import PrefixLM
 from prefix_ds.new_tokenizer import opened_tokenizer, trained_tokenizer
 from prefix_ds.opening import Opened
-from prefix_ds.optim import adamw
+from prefix_ds.optim import adamw, check_warmup
 from prefix_ds.plan.fitting import fitted
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
@@ -102,6 +103,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     tokenizer = _tokenizer(config, folder, world)
     together(lambda: check_lengths(config, tokenizer, skeleton))
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
+    together(lambda: check_warmup(Order(len(examples["train"]), config.train).num_steps, config.train))
     trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
     on_first(world, lambda: _write_settings(folder, trained.base.settings))
     together(lambda: check_ids(examples.values(), tokenizer, trained.lm.vocab_size))

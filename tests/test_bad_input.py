@@ -70,9 +70,10 @@ def no_base(_rank):
     [
         ("prefix.length=2", "prefix.length: 2: prefix.text alone takes"),
         ("prefix.layers=[0, 2]", "prefix.layers: 2: the base has attention layers 0 to 1"),
+        ("train.warmup_steps=2", "train.warmup_steps: 2, but the run has 1 steps, and would never reach"),
     ],
 )
-def test_a_prefix_that_cannot_start_is_refused_before_the_base_is_loaded(place, override, said):
+def test_what_cannot_succeed_is_refused_before_the_base_is_loaded(place, override, said):
     assert said in refusal("train", place / "run.yaml", override, before=no_base, size=2)
 
 

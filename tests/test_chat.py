@@ -97,13 +97,102 @@ def test_what_the_template_is_told_is_part_of_the_ids(tmp_path):
     assert words.decode(quick[0][0]) == words.decode(slow[0][0]) + "(quick)"
 
 
-def test_a_long_conversation_loses_what_comes_after_its_opening(tmp_path, words):
-    data = data_of(tmp_path, TURNS)
-    opening = words(chat_of(words, data).opening, add_special_tokens=False).input_ids
-    whole, target = examples_of(data, words)[1]
-    room = len(target) + len(opening) + 5
-    cut, same = examples_of(data_of(tmp_path, TURNS, f"data.max_length={room}"), words)[1]
-    assert (cut, same) == ([*whole[: len(opening)], *whole[-5:]], target)
+def prompt_in(room, folder, words, turns):
+    """The prompt of a conversation in an example that has so much room for it."""
+    answer = [*words(turns[-1]["content"], add_special_tokens=False).input_ids, words.eos_token_id]
+    data = data_of(folder, [turns], f"data.max_length={room + len(answer)}")
+    ((prompt, target),) = examples_of(data, words)
+    assert target == answer
+    return prompt
+
+
+def library_ids(words, turns):
+    return words.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_stays_a_conversation(tmp_path, words):
+    contents = ["the cat", "sees the dog", "the bird", "sleeps", "under the tree", "the red house", "big"]
+    turns = [
+        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 4, [*contents, "blue"], strict=True)
+    ]
+    left = [library_ids(words, turns[start:-1]) for start in (0, 2, 4, 6)]
+    for room in range(len(left[-1]), len(left[0]) + 1):
+        assert prompt_in(room, tmp_path, words, turns) == next(ids for ids in left if len(ids) <= room)
+
+
+@pytest.mark.parametrize("roles", [["system"], []])
+def test_the_system_turn_stays_and_a_long_last_question_loses_its_beginning(tmp_path, roles):
+    words = chatting(CHATML)
+    first = [{"role": role, "content": "the big dog"} for role in roles]
+    older = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sleeps " * 9}]
+    last = {"role": "user", "content": "the bird sees the blue house under the red tree"}
+    least, whole = (
+        len(library_ids(words, [*first, {**last, "content": text}])) for text in ("e", last["content"])
+    )
+    for room in range(least, whole + 9):
+        prompt = words.decode(prompt_in(room, tmp_path, words, [*first, *older, last, TURNS[0][1]]))
+        content = prompt.rpartition("user\n")[2].partition("<|im_end|>")[0]
+        cut = {**last, "content": content}
+        assert prompt == words.apply_chat_template([*first, cut], add_generation_prompt=True, tokenize=False)
+        assert last["content"].endswith(content)
+        assert (
+            content == last["content"] if room >= whole else len(library_ids(words, [*first, cut])) > room - 5
+        )
+
+
+def test_turns_behind_the_last_question_stay(tmp_path):
+    words = chatting(CHATML)
+    tools = [{"role": "assistant", "content": "sees"}, {"role": "tool", "content": "the tree"}]
+    turns = [*TURNS[0], {"role": "user", "content": "the red house"}, *tools, TURNS[0][1]]
+    room = len(library_ids(words, turns[2:-1]))
+    assert prompt_in(room, tmp_path, words, turns) == library_ids(words, turns[2:-1])
+    (prompt,) = {words.decode(prompt_in(room - 2, tmp_path, words, turns))}
+    assert prompt.endswith(
+        "house<|im_end|>\n" + words.apply_chat_template(tools, add_generation_prompt=True, tokenize=False)[3:]
+    )
+
+
+def test_what_a_user_says_is_cut_alike_wherever_it_comes_from(tmp_path, words):
+    said = "the bird sees the blue house under the red tree"
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"q": said, "a": "the red dog"}])
+    target = [*words("the red dog", add_special_tokens=False).input_ids, words.eos_token_id]
+    shorter = [library_ids(words, [{"role": "user", "content": said[n:]}]) for n in range(len(said))]
+    room = len(shorter[-1]) + 4
+    data = data_of(tmp_path, TURNS).model_copy(
+        update={"messages": None, "chat": True, "train": str(pairs), "prompt": "{q}", "target": "{a}"}
+    )
+    in_training = data.model_copy(update={"max_length": room + len(target)})
+    ((expected, answer),) = examples_of(in_training, words)
+    assert (expected in shorter, answer) == (True, target)
+    assert room - 3 < len(expected) <= room
+    in_use = data.model_copy(update={"max_length": room})
+    (prompt,) = read_prompts(str(pairs), "data.test", in_use, words, room, references=True)
+    for found in (prompt, prompt_of_text(said, in_use, words)):
+        assert (list(found.ids), found.was_cut) == (expected, True)
+
+
+def test_a_conversation_that_cannot_be_cut_is_told_with_its_place(tmp_path):
+    words = chatting(CHATML)
+    turns = [{"role": "system", "content": "the red dog " * 20}, *TURNS[0]]
+    with pytest.raises(DataError, match=r"train.jsonl:2: .*no room for the system turn and the user's last"):
+        tokenise_split("train", data_of(tmp_path, [TURNS[0], turns], "data.max_length=40"), words)
+    data = data_of(tmp_path, [TURNS[0], turns])
+    with pytest.raises(DataError, match=r"train.jsonl:2: .*no room for the system turn and the user's last"):
+        read_prompts(data.train, "data.test", data, words, 40, references=True)
+
+
+def test_a_thousand_turns_are_not_written_a_thousand_times(tmp_path, monkeypatch):
+    words, written = chatting(CHATML), []
+    turns = [turn for _ in range(500) for turn in TURNS[0]]
+    ours = words.apply_chat_template
+
+    def counted(turns, **told):
+        written.append(len(turns))
+        return ours(turns, **told)
+
+    monkeypatch.setattr(words, "apply_chat_template", counted)
+    prompt_in(60, tmp_path, words, turns)
+    assert sum(written) < 3 * len(turns)
 
 
 def test_a_conversation_that_waits_for_an_answer_is_a_prompt(tmp_path, words):

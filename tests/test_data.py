@@ -381,7 +381,7 @@ def test_special_tokens_behind_a_prompt_are_left_out(behind):
     tokenizer = make_tokenizer(front=["<s>"], behind=behind, bos_token="<s>", eos_token="</s>")
     encoder = encoder_of(tokenizer, None)
     (prompt,) = encoder.prompts(["books </s>"])
-    assert tokenizer.decode(prompt) == "<s>books </s>"  # the last one is the user's own text
+    assert tokenizer.decode(prompt.ids) == "<s>books </s>"  # the last one is the user's own text
     assert encoder.targets(["a"])[0][-1] == tokenizer.eos_token_id
 
 
@@ -391,24 +391,25 @@ def test_an_empty_prompt_starts_with_bos_or_eos_or_is_refused():
         ({"eos_token": "</s>"}, "</s>"),
     ):
         tokenizer = make_tokenizer(**special)
-        assert tokenizer.convert_ids_to_tokens(encoder_of(tokenizer, None).prompts([""])[0]) == [start]
+        assert tokenizer.convert_ids_to_tokens(encoder_of(tokenizer, None).prompts([""])[0].ids) == [start]
     bare = encoder_of(make_tokenizer(), None)
-    assert bare.prompts(["a"])[0]
+    assert bare.prompts(["a"])[0].ids
     with pytest.raises(DataError, match="neither a bos nor an eos token"):
         bare.prompts([""])
     with pytest.raises(DataError, match="nothing is to be learnt"):
-        bare.fit([5], bare.targets([""])[0], 10, "drop")
+        bare.fit(bare.prompts(["a"])[0], bare.targets([""])[0], 10, "drop")
 
 
 @pytest.mark.parametrize("front", [0, 1])
 def test_cutting_keeps_bos_the_prompts_end_and_the_whole_target(front):
     tokenizer = make_tokenizer(front=["<s>"] * front, bos_token="<s>", eos_token="</s>")
     encoder = encoder_of(tokenizer, None)
-    prompt, target = encoder.prompts(["abcdefghij"])[0], [7, 8, 9]
+    read, target = encoder.prompts(["abcdefghij"])[0], [7, 8, 9]
+    prompt = read.ids
     for max_length in range(front + 3, 16):
         if max_length - 3 < 1:
             continue
-        (example,) = encoder.fit(prompt, target, max_length, "cut_prompt")
+        (example,) = encoder.fit(read, target, max_length, "cut_prompt")
         kept = example.ids[: example.prompt_length]
         assert len(example.ids) == min(max_length, len(prompt) + 3)
         assert example.ids[example.prompt_length :] == target
@@ -620,6 +621,7 @@ def test_seeds_and_epochs_have_different_orders_and_a_step_has_no_history():
         (1, None, 8, 2),
         (0.5, None, 4, 3),
         (0.1, None, 1, 3),
+        (1e-300, None, 1, 1),
         (2, None, 15, 4),
         (1, 3, 3, 4),
         (1, 0, 0, 0),

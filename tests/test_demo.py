@@ -119,6 +119,7 @@ def few_steps(monkeypatch):
     changes = {
         "max_steps: 500": "max_steps: 3",
         "max_steps: 60": "max_steps: 2",
+        "warmup_steps: 40": "warmup_steps: 1",
         "hidden_size: 128": "hidden_size: 32",
     }
 

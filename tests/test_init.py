@@ -77,7 +77,7 @@ def test_the_table_has_every_key_once_and_its_defaults_are_yaml():
     [
         ("model.name", "text or null"),
         ("model.recompute", "true or false or whole number or auto"),
-        ("prefix.length", "whole number >= 1 or null"),
+        ("prefix.length", "whole number >= 1 <= 1048576 or null"),
         ("prefix.layers", "all or list of whole numbers"),
         ("data.train", "text or list of texts or null"),
         ("train.betas", "2 numbers"),

@@ -10,7 +10,7 @@ import yaml
 
 from prefix_ds.config import config_text, parse_config
 from prefix_ds.config.keys import Task
-from prefix_ds.config.tasks import TASKS
+from prefix_ds.config.tasks import CHAT_TEMPLATES, TASKS
 from prefix_ds.data.formats import FORMATS
 from prefix_ds.data.template import parse_template
 from prefix_ds.data.tokenise import template_keys
@@ -36,7 +36,50 @@ def test_a_task_sets_what_is_left_out(task):
 
 
 def test_every_task_of_the_page_is_described():
-    assert set(TASKS) == set(get_args(Task))
+    assert set(TASKS) == set(CHAT_TEMPLATES) == set(get_args(Task))
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_a_task_leaves_templates_out_where_records_hold_conversations(task):
+    config = parse_config(run_file(data={"task": task, "messages": "turns"}))
+    without = parse_config(run_file(data={"messages": "turns"}))
+    for key in ("prompt", "target", "references"):
+        assert getattr(config.data, key) == getattr(without.data, key)
+    assert config.data.max_length == TASKS[task]["data"]["max_length"]
+    assert config.evaluate.scores == TASKS[task]["evaluate"]["scores"]
+    assert parse_config(config_text(config)) == config
+    with pytest.raises(ConfigError, match=r"data\.prompt: the turns are in data\.messages"):
+        parse_config(run_file(data={"task": task, "messages": "turns", "prompt": "{q}"}))
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_in_a_chat_a_task_asks_and_begins_no_sentence(task):
+    plain = parse_config(run_file(data={"task": task}))
+    config = parse_config(run_file(data={"task": task, "messages": None}), ["data.chat=true"])
+    fields = [set(parse_template(part.data.prompt, "data.prompt").fields) for part in (plain, config)]
+    assert fields[0] == fields[1]
+    assert not config.data.prompt.endswith(":")
+    assert config.data.target == plain.data.target.strip()
+    assert config.data.references == (plain.data.references and plain.data.references.strip())
+    assert config.data.max_length == plain.data.max_length
+    assert parse_config(config_text(config)) == config
+    own = parse_config(run_file(data={"task": task, "chat": True, "prompt": "{q}"}))
+    assert (own.data.prompt, own.data.target) == ("{q}", config.data.target)
+
+
+@pytest.mark.parametrize("word", ["data.chat=1", "data.chat=yes", "data.chat=false", "data.chat=no"])
+def test_a_task_reads_data_chat_as_the_page_does(word):
+    config = parse_config(run_file(data={"task": "summarization"}), [word])
+    assert config.data.target.startswith(" ") != config.data.chat
+    with pytest.raises(ConfigError, match=r"data\.chat: 'maybe': Input should be a valid boolean"):
+        parse_config(run_file(data={"task": "summarization", "chat": "maybe"}))
+
+
+def test_the_page_of_tasks_shows_the_templates_of_a_chat():
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for task, keys in [*TASKS.items(), *((task, {"data": own}) for task, own in CHAT_TEMPLATES.items())]:
+        cells = [f"`{keys['data'][key]}`".replace("\n", "\\n") for key in ("prompt", "target")]
+        assert f"| `{task}` | {' | '.join(cells)} |" in text
 
 
 def test_what_the_user_says_wins_also_a_null():

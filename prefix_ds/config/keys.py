@@ -10,11 +10,15 @@ Knows nothing of tensors, clusters or files; imports no torch.
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Recompute = bool | int | Literal["auto"]
 Task = Literal["summarization", "translation", "question_answering", "data_to_text", "generation"]
+# What numbers are less than: torch takes seeds of 64 bits, and a rate of 1e30 is still a number of 32.
+_SEEDS, _MOST = 2**63, {int: 2**31, float: 1e30}
+_LEAST_TEMPERATURE = 1e-6
+
 ScoreName = Literal["rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact_match", "f1"]
 
 
@@ -24,9 +28,18 @@ def key(default: Any, doc: str, *, free: bool = False, **bounds: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A frozen group of keys; an unknown one is an error."""
+    """A frozen group of keys; an unknown one is an error, and so is a number that no run is made of."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_are_below(cls, value: Any, info: ValidationInfo) -> Any:
+        """What is larger is a slip of the hand, and sizes made of it overflow."""
+        most = _SEEDS if info.field_name == "seed" else _MOST.get(type(value))
+        if most is not None and value >= most:
+            raise PydanticCustomError("most", "expected less than {most}", {"most": most})
+        return value
 
     @field_validator("*")
     @classmethod
@@ -87,7 +100,7 @@ class ModelKeys(Section):
 class PrefixKeys(Section):
     """The trained keys and values."""
 
-    length: int | None = key(None, "positions; empty takes the length of prefix.text", ge=1)
+    length: int | None = key(None, "positions; empty takes the length of prefix.text", ge=1, le=2**20)
     init: Literal["text", "random"] = key(
         "text", "start from the keys and values of prefix.text, or from noise"
     )
@@ -121,12 +134,15 @@ class DataKeys(Section):
         False, "prompt and target are what a user says and an assistant answers, in the base's chat template"
     )
     messages: str | None = key(
-        None, "in place of prompt and target: the field with a chat, the last turn of which is learnt"
+        None,
+        "in place of prompt and target: the field with a chat, the last turn of which is learnt",
+        min_length=1,
     )
     chat_options: dict[str, Any] = key({}, "what the chat template is told, as {enable_thinking: false}")
     max_length: int = key(1024, "tokens of prompt and target together, the prefix not counted", ge=2)
     too_long: Literal["cut_prompt", "drop", "split", "error"] = key(
-        "cut_prompt", "longer examples: cut the prompt's start, drop, split into pieces (plain text), or stop"
+        "cut_prompt",
+        "longer examples: cut the prompt's start (a chat's oldest turns), drop, split (plain text), or stop",
     )
     packing: bool = key(True, "several examples in one row, which do not see each other", free=True)
     workers: int = key(1, "processes that tokenise", ge=1, free=True)
@@ -148,7 +164,7 @@ class TrainKeys(Section):
     global_batch_size: int = key(64, "examples in one optimizer step, over all ranks", ge=1)
     micro_batch_tokens: int = key(8192, "tokens one rank runs at once", ge=1, free=True)
     lr: float = key(5e-3, "peak learning rate", ge=0)
-    warmup_steps: int = key(0, "steps from 0 to train.lr", ge=0)
+    warmup_steps: int = key(0, "steps from 0 to train.lr; no more than the run has", ge=0)
     schedule: Literal["cosine", "linear", "constant"] = key(
         "cosine", "what the learning rate does after the warmup"
     )
@@ -156,6 +172,13 @@ class TrainKeys(Section):
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's two decay rates")
     clip_norm: float = key(1.0, "largest norm of the gradient; 0 does not clip", ge=0)
     seed: int = key(0, "order of the examples and random starts", ge=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_are_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if all(0 <= beta < 1 for beta in betas):
+            return betas
+        raise PydanticCustomError("betas", "expected two numbers, from 0 and below 1")
 
 
 class EngineKeys(Section):
@@ -202,6 +225,13 @@ class GenerateKeys(Section):
     gather: Literal["auto", "once", "each_layer"] = key(
         "auto", "once: the whole base on each rank while it writes; auto: where it fits", free=True
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _scores_can_be_divided_by_it(cls, temperature: float) -> float:
+        if temperature == 0 or temperature >= _LEAST_TEMPERATURE:
+            return temperature
+        raise PydanticCustomError("least", "expected 0, or at least {least}", {"least": _LEAST_TEMPERATURE})
 
 
 class EvaluateKeys(Section):

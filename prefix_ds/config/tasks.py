@@ -5,11 +5,16 @@ this page later. Fields are named as in the data sets the tasks are known by: Di
 answers as a list of texts), E2E, and prompt and completion. A null in evaluate.scores means the same as none:
 so a finished run can be scored as a task.
 
+A base that chats is asked; another is given the beginning of a line to complete. Where a record holds a whole
+conversation, no template is set.
+
 Knows nothing of how text is made or scored.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 Tree = dict[str, Any]
 
@@ -45,16 +50,46 @@ TASKS: dict[str, dict[str, Tree]] = {
     },
 }
 
+# What is asked stands behind the text: one that is too long loses its beginning.
+CHAT_TEMPLATES: dict[str, Tree] = {
+    "summarization": {"prompt": "{dialogue}\n\nSummarise this dialogue.", "target": "{summary}"},
+    "translation": {"prompt": "{en}\n\nTranslate this into German.", "target": "{de}"},
+    "question_answering": {
+        "prompt": "{context}\n\n{question} Answer with words of the text.",
+        "target": "{answers}",
+    },
+    "data_to_text": {"prompt": "{mr}\n\nWrite this as a text.", "target": "{ref}", "references": "{refs}"},
+    "generation": {"prompt": "{prompt}", "target": "{completion}"},
+}
+
+_TEMPLATES = ("prompt", "target", "references")
 _NULL_IS_UNSET = ("evaluate", "scores")
 
 
 def with_task(tree: Tree) -> Tree:
     """The tree of run.yaml with what its `data.task` sets; a tree that is no run yet is left as it is."""
     data = tree.get("data")
-    task = data.get("task") if isinstance(data, dict) else None
+    own: Tree = data if isinstance(data, dict) else {}
+    task = own.get("task")
     if not isinstance(task, str) or task not in TASKS:
         return tree
-    return tree | {name: _filled(name, tree.get(name, {}), keys) for name, keys in TASKS[task].items()}
+    defaults = TASKS[task] | {"data": _data_keys(task, own)}
+    return tree | {name: _filled(name, tree.get(name, {}), keys) for name, keys in defaults.items()}
+
+
+def _data_keys(task: str, own: Tree) -> Tree:
+    keys = TASKS[task]["data"]
+    if own.get("messages") is not None:
+        return {key: value for key, value in keys.items() if key not in _TEMPLATES}
+    return keys | CHAT_TEMPLATES[task] if _is_true(own.get("chat")) else keys
+
+
+def _is_true(value: object) -> bool:
+    """As the page of keys reads it; what it refuses is told when it does."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _filled(section: str, own: Any, defaults: Mapping[str, Any]) -> Any:

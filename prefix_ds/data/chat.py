@@ -15,14 +15,13 @@ import datetime
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from prefix_ds.config import DataKeys
+from prefix_ds.data.dialogue import Dialogue, Turn
 from prefix_ds.data.template import Template
 from prefix_ds.errors import DataError, is_unicode
-
-Turn = Mapping[str, Any]
 
 _MARK = "(content)"
 _DAY = datetime.date(2026, 1, 1)
@@ -36,9 +35,13 @@ class Chat:
     tokenizer: Any
     options: Mapping[str, Any]
 
-    def asked(self, content: str, source: str) -> str:
-        """The text in front of the answer to what a user says. Raises DataError."""
-        return self.written([{"role": "user", "content": content}], source)
+    def asked(self, content: str, source: str) -> Dialogue:
+        """What a user says, as all that is read before the answer."""
+        return self.dialogue([{"role": "user", "content": content}], source)
+
+    def dialogue(self, turns: Sequence[Turn], source: str) -> Dialogue:
+        """The turns that are read before an answer; `source` names their place in messages."""
+        return Dialogue(turns, partial(self.written, source=source))
 
     def written(self, turns: Sequence[Turn], source: str, *, is_open: bool = True) -> str:
         """The turns as one text, and the beginning of an answer. Raises DataError where that cannot be."""
@@ -59,11 +62,6 @@ class Chat:
     def _template(self) -> str:
         own: str = self.tokenizer.get_chat_template()
         return _TODAY.sub(lambda found: repr(_DAY.strftime(found["format"])), own)
-
-    @cached_property
-    def opening(self) -> str:
-        """What stands before the content of a first turn."""
-        return self.asked(_MARK, "a turn").partition(_MARK)[0]
 
     @cached_property
     def end_id(self) -> int | None:
@@ -116,7 +114,7 @@ class Question:
         """As `Template.check`."""
         self.content.check(known, source)
 
-    def text(self, record: dict[str, Any], source: str) -> str:
+    def dialogue(self, record: dict[str, Any], source: str) -> Dialogue:
         """What is read before the answer. Raises DataError."""
         return self.chat.asked(self.content.text(record, source), source)
 
@@ -159,13 +157,13 @@ class Conversation(_Messages):
 
     chat: Chat
 
-    def text(self, record: dict[str, Any], source: str) -> str:
-        """The text. Raises DataError."""
+    def dialogue(self, record: dict[str, Any], source: str) -> Dialogue:
+        """These turns. Raises DataError."""
         turns = self.turns(record, source)
         asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if not asked:
             raise DataError(f"{self._place(source)}: expected a turn before the assistant's")
-        return self.chat.written(asked, source)
+        return self.chat.dialogue(asked, source)
 
     @property
     def rules(self) -> tuple[Any, ...]:

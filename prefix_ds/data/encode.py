@@ -9,18 +9,23 @@ The first target token must be predicted from something. An empty prompt that yi
 bos, or the eos where there is no bos (as GPT-2 was trained); each piece of a text that was split starts
 in the same way.
 
+A text that is too long loses its start, behind its special tokens; a conversation loses turns (`dialogue`).
+
 Knows nothing of records, files and caches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
 from prefix_ds.data.chat import Chat
+from prefix_ds.data.dialogue import Dialogue
 from prefix_ds.errors import DataError
 
 Policy = Literal["cut_prompt", "drop", "split", "error"]
 Ids = list[int]
+Asked = str | Dialogue
 
 
 class Fate(IntEnum):
@@ -42,40 +47,55 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What is read before a target, and its ids."""
+
+    asked: Asked
+    ids: Ids
+
+    @property
+    def least(self) -> str:
+        """What must be left of it, in words."""
+        return "a prompt" if isinstance(self.asked, str) else "the system turn and the user's last"
+
+
+@dataclass(frozen=True)
 class Encoder:
     """A tokenizer, and what it puts around a text."""
 
     tokenizer: Any
-    chat: Chat | None  # whose texts have all special tokens in them
-    front: int  # special tokens in front of a text, in a chat all that is before the first turn's content
+    in_chat: bool  # a prompt is a conversation, whose text has all special tokens in it
+    front: int  # special tokens in front of a text
     behind: int  # and behind
     start: int | None  # what an empty prompt becomes
     eos: int | None
 
-    def prompts(self, texts: list[str]) -> list[Ids]:
-        """Ids of prompts, none of them empty. Raises DataError where an empty one has no start token."""
-        whole = self._ids(texts, special=self.chat is None)
-        return [self._started(ids[: len(ids) - self.behind]) for ids in whole]
+    def prompts(self, asked: Sequence[Asked]) -> list[Read]:
+        """Prompts and their ids, none without. Raises DataError where an empty one has no start token."""
+        texts = [each if isinstance(each, str) else each.text for each in asked]
+        whole = self._ids(texts, special=not self.in_chat)
+        started = [self._started(ids[: len(ids) - self.behind]) for ids in whole]
+        return [Read(*pair) for pair in zip(asked, started, strict=True)]
 
     def targets(self, texts: list[str]) -> list[Ids]:
         """Ids of targets, each with its eos if there is one."""
         end = [] if self.eos is None else [self.eos]
         return [ids + end for ids in self._ids(texts, special=False)]
 
-    def fit(self, prompt: Ids, target: Ids, max_length: int, policy: Policy) -> list[Encoded]:
+    def fit(self, prompt: Read, target: Ids, max_length: int, policy: Policy) -> list[Encoded]:
         """The example within `max_length`: one, or the pieces of a split one.
 
         Raises DataError where it is too long and the policy has no way out, or nothing is to be learnt.
         """
         if not target:
             raise DataError("the target is empty and the tokenizer has no eos token: nothing is to be learnt")
-        length = len(prompt) + len(target)
+        length = len(prompt.ids) + len(target)
         if length <= max_length:
-            return [Encoded(prompt + target, len(prompt), Fate.WHOLE)]
+            return [Encoded(prompt.ids + target, len(prompt.ids), Fate.WHOLE)]
         if policy == "drop":
             return [Encoded([], 0, Fate.DROPPED)]
         if policy == "split":
-            return self._pieces(prompt, target, max_length)
+            return self._pieces(prompt.ids, target, max_length)
         if policy == "error":
             raise DataError(
                 f"{length} tokens, more than data.max_length {max_length}; raise it, or set data.too_long: "
@@ -84,18 +104,25 @@ class Encoder:
         cut = self.cut_prompt(prompt, max_length - len(target))
         if not cut:
             raise DataError(
-                f"the target has {len(target)} tokens, which leaves no room for a prompt in data.max_length "
-                f"{max_length}; raise it, or set data.too_long: drop"
+                f"the target has {len(target)} tokens, which leaves no room for {prompt.least} in "
+                f"data.max_length {max_length}; raise it, or set data.too_long: drop"
             )
         return [Encoded(cut + target, len(cut), Fate.CUT)]
 
-    def cut_prompt(self, prompt: Ids, room: int) -> Ids:
-        """The special tokens in front and the last others, `room` in all; empty if that is too little."""
-        if len(prompt) <= room:
-            return prompt
+    def cut_prompt(self, prompt: Read, room: int) -> Ids:
+        """Its ids, or of a longer one those that fit into `room`; empty if that is too little.
+
+        Of a text these are the special tokens in front and the last others.
+        """
+        ids = prompt.ids
+        if len(ids) <= room:
+            return ids
+        if isinstance(prompt.asked, Dialogue):
+            shorter = prompt.asked.shortened(lambda text: len(self._ids_in_chat(text)) <= room)
+            return [] if shorter is None else self._ids_in_chat(shorter)
         if room < max(self.front, 1):
             return []
-        return prompt[: self.front] + prompt[len(prompt) - (room - self.front) :]
+        return ids[: self.front] + ids[len(ids) - (room - self.front) :]
 
     def _pieces(self, start: Ids, target: Ids, max_length: int) -> list[Encoded]:
         width = max_length - len(start)
@@ -114,17 +141,20 @@ class Encoder:
             )
         return [self.start]
 
+    def _ids_in_chat(self, text: str) -> Ids:
+        return self._ids([text], special=False)[0]
+
     def _ids(self, texts: list[str], special: bool) -> list[Ids]:
         return _tokenised(self.tokenizer, texts, special)
 
 
 def encoder_of(tokenizer: Any, chat: Chat | None) -> Encoder:
-    """Learns by trying what a tokenizer puts around a text, or its chat template before a first turn."""
-    front, behind = _around(tokenizer) if chat is None else _around_turns(tokenizer, chat)
+    """Learns by trying what a tokenizer puts around a text; in a chat, nothing."""
+    front, behind = _around(tokenizer) if chat is None else (0, 0)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return Encoder(
         tokenizer=tokenizer,
-        chat=chat,
+        in_chat=chat is not None,
         front=front,
         behind=behind,
         start=_first(bos, eos),
@@ -138,11 +168,6 @@ def _around(tokenizer: Any) -> tuple[int, int]:
     extra = len(whole) - len(bare)
     front = next((n for n in range(extra + 1) if bare and whole[n : n + len(bare)] == bare), extra)
     return front, extra - front
-
-
-def _around_turns(tokenizer: Any, chat: Chat) -> tuple[int, int]:
-    """Tokens before the content of a first turn; those behind the last are part of its text."""
-    return len(_tokenised(tokenizer, [chat.opening], special=False)[0]), 0
 
 
 def _first(*ids: int | None) -> int | None:

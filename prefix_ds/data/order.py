@@ -30,7 +30,7 @@ class Order:
         self.num_examples = num_examples
         self.batch_size = train.global_batch_size
         self.seed = train.seed
-        by_epochs = math.ceil(round(train.epochs * num_examples, 6))  # 0.1 x 30 is a little above 3
+        by_epochs = max(1, math.ceil(round(train.epochs * num_examples, 6)))  # 0.1 x 30 is a little above 3
         by_steps = None if train.max_steps is None else train.max_steps * self.batch_size
         self.length = by_epochs if by_steps is None else by_steps  # of the stream
 

@@ -1,22 +1,21 @@
 """Prompts to continue, with what people would have written: records encoded without their targets.
 
-The ids are those that training put in front of a target, cut from the start in the same way when they are
-too long.
+The ids are those that training put in front of a target, cut in the same way when they are too long.
 
 Knows nothing of how text is generated or scored.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefix_ds.config import DataKeys
 from prefix_ds.data.chat import chat_of
-from prefix_ds.data.encode import Encoder, Policy, encoder_of
+from prefix_ds.data.encode import Asked, Encoder, Policy, encoder_of
 from prefix_ds.data.examples import check_id
 from prefix_ds.data.source import Source, read_records
-from prefix_ds.data.tokenise import templates_of
+from prefix_ds.data.tokenise import asked_of, templates_of
 from prefix_ds.errors import DataError, is_unicode
 
 log = logging.getLogger(__name__)
@@ -28,9 +27,9 @@ class Prompt:
 
     text: str
     ids: tuple[int, ...]
-    references: tuple[str, ...]  # as the template made them; none if none were asked for
-    record: dict[str, Any]  # all of its fields
     was_cut: bool
+    references: tuple[str, ...] = ()  # as the template made them; none if none were asked for
+    record: dict[str, Any] = field(default_factory=dict)  # all of its fields
 
 
 def read_prompts(
@@ -51,10 +50,10 @@ def read_prompts(
     found = []
     for index, record in enumerate(records):
         where = records.place(index)
-        text = prompt.text(record, where)
+        asked, name = asked_of(prompt, record, where), f"{where}: the prompt"
+        read = _prompt(encoder, asked, max_tokens, data.too_long, name)
         wanted = tuple(target.texts(record, where)) if references else ()
-        found.append(_prompt(encoder, text, wanted, record, max_tokens))
-        _refuse_cut(found[-1], max_tokens, data.too_long, f"{where}: ")
+        found.append(replace(read, references=wanted, record=record))
     return found
 
 
@@ -67,9 +66,7 @@ def prompt_of_text(text: str, data: DataKeys, tokenizer: Any) -> Prompt:
         raise DataError(f"{text!r}: not UTF-8")
     chat = chat_of(tokenizer, data)
     asked = text if chat is None else chat.asked(text, "the prompt")
-    found = _prompt(encoder_of(tokenizer, chat), asked, (), {}, data.max_length)
-    _refuse_cut(found, data.max_length, data.too_long)
-    return found
+    return _prompt(encoder_of(tokenizer, chat), asked, data.max_length, data.too_long, "the prompt")
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
@@ -88,16 +85,13 @@ def tell_cut(prompts: Sequence[Prompt], max_tokens: int) -> None:
         )
 
 
-def _refuse_cut(prompt: Prompt, max_tokens: int, too_long: Policy, where: str = "") -> None:
-    if prompt.was_cut and too_long == "error":
-        raise DataError(f"{where}the prompt is longer than {max_tokens} tokens, and data.too_long is error")
-
-
-def _prompt(
-    encoder: Encoder, text: str, references: tuple[str, ...], record: dict[str, Any], max_tokens: int
-) -> Prompt:
-    (ids,) = encoder.prompts([text])
-    kept = encoder.cut_prompt(ids, max_tokens)
+def _prompt(encoder: Encoder, asked: Asked, max_tokens: int, too_long: Policy, where: str) -> Prompt:
+    (read,) = encoder.prompts([asked])
+    was_cut = len(read.ids) > max_tokens
+    if was_cut and too_long == "error":
+        raise DataError(f"{where} is longer than {max_tokens} tokens, and data.too_long is error")
+    kept = encoder.cut_prompt(read, max_tokens)
     if not kept:
-        raise DataError(f"a prompt of {max_tokens} tokens at most has no room for any text")
-    return Prompt(text, tuple(kept), references, record, was_cut=len(kept) < len(ids))
+        raise DataError(f"{where}: {max_tokens} tokens have no room for {read.least}; raise data.max_length")
+    text = asked if isinstance(asked, str) else asked.text
+    return Prompt(text, tuple(kept), was_cut=was_cut)

@@ -15,7 +15,7 @@ from typing import Any
 from prefix_ds import dist
 from prefix_ds.config import DataKeys
 from prefix_ds.data import chat as chats
-from prefix_ds.data import encode, template
+from prefix_ds.data import dialogue, encode, template
 from prefix_ds.data.cache import (
     code_fingerprint,
     fingerprint,
@@ -24,7 +24,7 @@ from prefix_ds.data.cache import (
     tokenizer_fingerprint,
 )
 from prefix_ds.data.chat import Chat, Conversation, LastTurn, Question
-from prefix_ds.data.encode import Encoded, Encoder, Ids, Policy
+from prefix_ds.data.encode import Asked, Encoded, Encoder, Ids, Policy, Read
 from prefix_ds.data.source import Records, place
 from prefix_ds.data.template import Template, parse_template
 from prefix_ds.errors import DataError
@@ -49,7 +49,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """Differs when the ids might."""
         rules = (self.prompt.rules, self.target.rules, self.max_length, self.policy)
-        code = code_fingerprint(sys.modules[__name__], chats, encode, template)
+        code = code_fingerprint(sys.modules[__name__], chats, dialogue, encode, template)
         return fingerprint(rules, tokenizer_fingerprint(self.encoder.tokenizer), code)
 
     def __call__(self, batch: Columns, indices: list[int], names: tuple[str, ...]) -> Columns:
@@ -57,7 +57,7 @@ class Recipe:
         records = [json.loads(text) for text in batch["record"]]
         places = [place(names[f], number) for f, number in zip(batch["file"], batch["number"], strict=True)]
         located = list(zip(records, places, strict=True))
-        prompts = self.encoder.prompts([self.prompt.text(*each) for each in located])
+        prompts = self.encoder.prompts([asked_of(self.prompt, *each) for each in located])
         texts = [self.target.texts(*each) for each in located]
         targets = iter(self.encoder.targets([text for entries in texts for text in entries]))
         columns: Columns = {"ids": [], **{name: [] for name in _COLUMNS}}
@@ -66,11 +66,18 @@ class Recipe:
                 _append(columns, index, self._fitted(prompt, target, where))
         return columns
 
-    def _fitted(self, prompt: Ids, target: Ids, where: str) -> list[Encoded]:
+    def _fitted(self, prompt: Read, target: Ids, where: str) -> list[Encoded]:
         try:
             return self.encoder.fit(prompt, target, self.max_length, self.policy)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+
+
+def asked_of(prompt: Prompted, record: dict[str, Any], source: str) -> Asked:
+    """What is read of a record before its target. Raises DataError."""
+    if isinstance(prompt, Template):
+        return prompt.text(record, source)
+    return prompt.dialogue(record, source)
 
 
 def templates_of(split: str, data: DataKeys, chat: Chat | None) -> tuple[Prompted, Learnt]:

@@ -36,7 +36,7 @@ RUN = """
 model: {name: %(folder)s/base/model, dtype: bfloat16}
 prefix: {length: 64, text: "%(text)s"}
 data: {task: %(task)s, train: %(data)s/train.jsonl, valid: %(valid)s, test: %(test)s, max_length: %(length)d%(more)s}
-train: {max_steps: %(steps)d, global_batch_size: %(batch)d, micro_batch_tokens: 4096, warmup_steps: 20}
+train: {max_steps: %(steps)d, global_batch_size: %(batch)d, micro_batch_tokens: 4096, warmup_steps: %(warmup)d}
 generate: {max_new_tokens: %(new)d, batch_size: 32}
 run: {folder: none, log_every: 1, valid_every: %(every)d, save_every: %(every)d}
 mlflow: {uri: null}
@@ -100,7 +100,7 @@ def pretrain(folder, quick):
     if not (folder / "base" / "model").is_dir():
         write_corpus(folder / "pretrain.jsonl")
         (folder / "base.yaml").write_text(BASE % {"folder": folder})
-        words = ["train.max_steps=10"] if quick else []
+        words = ["train.max_steps=10", "train.warmup_steps=0"] if quick else []
         two = ("--nproc-per-node", 2, "-m", "prefix_ds", "train", folder / "base.yaml", *words)
         started("torch.distributed.run", *two, threads=1)
 
@@ -156,7 +156,7 @@ def run_file(task, folder, quick):
     for name, count in counts.items():
         splits[name] = head(splits[name], folder / f"{task.files}-few-{name}.jsonl", count)
     steps = 10 if quick else task.steps
-    steps = {"steps": steps, "every": max(5, math.ceil(steps / 3))}
+    steps = {"steps": steps, "warmup": min(20, steps), "every": max(5, math.ceil(steps / 3))}
     told = vars(task) | steps | splits | {"folder": folder, "data": data, "task": task.kind}
     path = folder / f"{task.name}.yaml"
     path.write_text(RUN % told)

@@ -1,0 +1,66 @@
+"""The page of keys refuses what no run can be made of, in one line a key."""
+
+from typing import get_args
+
+import pytest
+
+from prefix_ds.config import parse_config
+from prefix_ds.config.listing import sections
+from prefix_ds.errors import ConfigError
+
+RUN = "model: {name: base}\nprefix: {text: x}"
+KINDS = {
+    f"{section}.{name}": set(get_args(info.annotation)) | {info.annotation}
+    for section, fields in sections().items()
+    for name, info in fields.items()
+}
+NUMBERS = [key for key, kinds in KINDS.items() if {int, float} & kinds]
+WHOLE = [key for key in NUMBERS if int in KINDS[key]]
+
+
+def refused(word):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(RUN, [word])
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{word!r}: {word.partition('=')[0]}"), line
+    return line
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1", "1.0e+30"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_no_run_is_made_of(key, value):
+    refused(f"{key}={value}")
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_a_whole_number_that_no_word_of_memory_holds(key):
+    refused(f"{key}={2**63}")
+
+
+def test_the_page_has_numbers():
+    assert {"train.lr", "train.seed", "prefix.length", "model.int8_outliers"} < set(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("generate.temperature=1.0e-40", "generate.temperature: 1e-40: expected 0, or at least 1e-06"),
+        ("train.epochs=.inf", "train.epochs: inf: Input should be a finite number"),
+        ("train.lr=.nan", "train.lr: nan: Input should be a finite number"),
+        ("train.betas=[1.5, 2.0]", "train.betas: [1.5, 2.0]: expected two numbers, from 0 and below 1"),
+        ("train.betas=[0.9, 1]", "train.betas: [0.9, 1]: expected two numbers, from 0 and below 1"),
+        ("train.betas=[-0.1, 0.9]", "train.betas: [-0.1, 0.9]: expected two numbers, from 0 and below 1"),
+        ("train.betas=[0.9, .nan]", "train.betas.1: nan: Input should be a finite number"),
+        (
+            "train.seed=36893488147419103232",
+            "train.seed: 36893488147419103232: expected less than 9223372036854775808",
+        ),
+    ],
+)
+def test_what_torch_and_numpy_would_break_at(word, said):
+    assert said in refused(word)
+
+
+def test_a_conversation_is_in_a_field_that_has_a_name():
+    with pytest.raises(ConfigError, match=r":3: data\.messages: '': String should have at least 1 character"):
+        parse_config(f"{RUN}\ndata: {{messages: ''}}")
