@@ -129,6 +129,10 @@ STAGE = {"stage": 3}
             "zero_optimization.zero_hpz_partition_size: not verified, leave it out",
         ),
         (
+            {"zero_optimization": STAGE | {"zenflow": {}}},
+            "zero_optimization.zenflow: not verified, leave it out",
+        ),
+        (
             {"zero_optimization": STAGE | {"offload_optimizer": {"device": "cpu"}}},
             "zero_optimization.offload_optimizer: not verified, leave it out",
         ),

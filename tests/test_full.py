@@ -1,5 +1,7 @@
 """Training all weights, or a base from scratch: the same engine and laws, an ordinary folder at the end."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -76,6 +78,17 @@ def test_full_fine_tuning_goes_on_as_if_never_stopped(tmp_path, dtype):
         result_of(stopped).named_parameters(), result_of(config).named_parameters(), strict=True
     ):
         assert torch.equal(one, two), name
+
+
+def test_a_checkpoint_in_other_groups_of_weights_is_refused(tmp_path):
+    config = full_config(tmp_path)
+    on_ranks(1, stop_after, config, 3)
+    settings = {"zero_optimization": {"stage": 3, "sub_group_size": 1000}}
+    (tmp_path / "other.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        RunError, match=r"engine\.deepspeed: the checkpoint has the weights in other groups than"
+    ):
+        on_ranks(1, train_here, changed(config, f"engine.deepspeed={tmp_path}/other.json"))
 
 
 def go_on_with_small_parameters_whole(config):

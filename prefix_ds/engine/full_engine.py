@@ -18,12 +18,13 @@ from torch import Tensor
 
 from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
-from prefix_ds.dist import World, on_first, summed
+from prefix_ds.dist import World, on_first, summed, together
 from prefix_ds.engine.prefix_engine import mean_loss, read_once, refuse_nonsense
 from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.sharding import Sharded, whole_tensors
 from prefix_ds.engine.step import StepReport
 from prefix_ds.engine.waiting import waiting
+from prefix_ds.errors import RunError
 from prefix_ds.files import whole_folder
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.unread import masks_unread
@@ -70,19 +71,22 @@ class FullEngine:
     def tensors(self) -> dict[str, Tensor]:
         """This rank's shards of the master weights and of the moments."""
         state = self.model.engine.optimizer.state_dict()
-        weights = {f"weights.{i}": t.detach() for i, t in enumerate(state["fp32_flat_groups"])}
         moments = {
             f"optimizer.{i}.{name}": torch.as_tensor(t)
             for i, parts in state["optimizer_state_dict"]["state"].items()
             for name, t in parts.items()
         }
-        return weights | moments
+        return _weights_of(state) | moments
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave on the same rank of as many. Every rank calls this."""
+        """Puts back what `tensors` gave on the same rank of as many. Every rank calls this.
+
+        Raises RunError where DeepSpeed keeps the weights in other groups now.
+        """
         optimizer = self.model.engine.optimizer
         optimizer.parameter_offload.partition_all_parameters()  # small ones may lie whole on every rank still
         state = optimizer.state_dict()
+        together(lambda: _refuse_other_groups(tensors, _weights_of(state)))
         moments: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, index, *name = key.split(".")
@@ -103,3 +107,17 @@ class FullEngine:
                 self.tokenizer.save_pretrained(temporary)
 
         on_first(self.world, write)
+
+
+def _refuse_other_groups(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    found = {key: t.shape for key, t in tensors.items() if key.startswith("weights.")}
+    if found != {key: t.shape for key, t in weights.items()}:
+        raise RunError(
+            "engine.deepspeed: the checkpoint has the weights in other groups than this file makes of them: "
+            "go on with the sub_group_size it was written with"
+        )
+
+
+def _weights_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The master weights of DeepSpeed's state, in its groups."""
+    return {f"weights.{i}": t.detach() for i, t in enumerate(state["fp32_flat_groups"])}

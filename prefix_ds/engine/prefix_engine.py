@@ -69,15 +69,14 @@ class PrefixEngine:
         for batch in share.micro_batches:
             with saving_parameters():
                 summed_nll = self.lm.loss(batch.to(self.world.device), leaf, self.prefix.slots)
-            part = summed_nll / share.global_targets
-            torch.autograd.backward(part)
-            loss += part.detach()
+            torch.autograd.backward(summed_nll)
+            loss += summed_nll.detach()
             self.lm.detach()
         assert leaf.grad is not None
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(table, summed(leaf.grad))
+        torch.autograd.backward(table, summed(leaf.grad) / share.global_targets)  # in float32, once
         norm = nn.utils.clip_grad_norm_(self.trained, self.keys.clip_norm or float("inf"))
-        return read_once(summed(loss), norm)
+        return read_once(summed(loss) / share.global_targets, norm)
 
     @torch.no_grad()
     def validate(self, shares: Iterable[Share]) -> float:

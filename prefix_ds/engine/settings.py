@@ -49,8 +49,9 @@ _REFUSED = {
 }
 
 _UNVERIFIED = (
-    # it wants DeepSpeed's own Adam; of a prefix there is nothing to offload
+    # they want DeepSpeed's own Adam; of a prefix there is nothing to offload
     "offload_optimizer",
+    "zenflow",
     # ZeRO++: reported to freeze the loss, or to need kernels of CUDA that are not tested here
     "zero_hpz_partition_size",
     "zero_quantized_gradients",

@@ -82,6 +82,7 @@ def sharded(base: nn.Module, settings: Settings) -> Sharded:
     """A base whose parameters are shards, ready to run and frozen. Every rank calls this."""
     base.requires_grad_(False)
     settings = sized(settings, sizes_of(base))
+    _keep_loops_whole(base)
     engine, *_ = start_deepspeed().initialize(model=base, config=settings)
     return Sharded(engine.module, engine, settings)
 
@@ -89,8 +90,23 @@ def sharded(base: nn.Module, settings: Settings) -> Sharded:
 def sharded_with_optimizer(base: nn.Module, settings: Settings, optimizer: torch.optim.Optimizer) -> Sharded:
     """A base whose parameters are shards, all of it trained by DeepSpeed. Every rank calls this."""
     settings = sized(settings, sizes_of(base))
+    _keep_loops_whole(base)
     engine, *_ = start_deepspeed().initialize(model=base, config=settings, optimizer=optimizer)
     return Sharded(engine.module, engine, settings)
+
+
+def _keep_loops_whole(base: nn.Module) -> None:
+    """Experts that call modules in a loop of their own, over those that tokens have hit, are one to ZeRO-3.
+
+    It fetches ahead in the order of modules, which must be the same on all ranks; transformers' own experts,
+    which call theirs once for all, and the classes DeepSpeed knows need no help.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in base.modules():
+        has_own_loop = type(module).__name__.endswith("Experts") and "has_gate" not in vars(module)
+        if has_own_loop or isinstance(getattr(module, "experts", None), nn.ModuleList):
+            set_z3_leaf_module(module, flag=True)
 
 
 def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:

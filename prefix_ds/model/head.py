@@ -28,21 +28,29 @@ _Loss = Callable[[Tensor, Tensor, LogitsOf, int], Tensor]  # of hidden states [M
 class Head:
     """A model's output layer."""
 
-    def __init__(self, layer: nn.Module | None) -> None:
-        """Without an output layer, logits are selected afterwards."""
+    def __init__(self, base: Any) -> None:
+        """Of a transformers model; where it has no output layer, logits are selected afterwards."""
+        layer: nn.Module | None = base.get_output_embeddings()
         self._wanted_M: Tensor | None = None
         self._loss_of: _Answer | None = None
         self._chosen_1MD: Tensor | None = None
         self._layer = layer
+        self._is_outermost = layer in set(base.children())
         if layer is not None:
             layer.register_forward_pre_hook(self._select, prepend=True)  # before those of ZeRO-3
             self._stock: Layer = layer.forward
             layer.forward = self._forward
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether there is an output layer, and nothing of it is trained."""
-        return self._layer is not None and not any(p.requires_grad for p in self._layer.parameters())
+    def gives_losses(self) -> bool:
+        """Whether `nll` may be asked: nothing of the layer is trained, and no module is around it.
+
+        What goes past the layer gives a module around it an input with a gradient and an output without, for
+        which ZeRO-3's backward hooks have no place (BERT and its kin).
+        """
+        if self._layer is None or not self._is_outermost:
+            return False
+        return not any(p.requires_grad for p in self._layer.parameters())
 
     @contextmanager
     def heard(self) -> Iterator[list[Tensor]]:

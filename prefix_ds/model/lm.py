@@ -66,7 +66,7 @@ class PrefixLM:
         switch_attention(base, attention)
         self._joint = Joint(base)
         self._positions = positions_of(base)
-        self._head = Head(base.get_output_embeddings())
+        self._head = Head(base)
         contexts = self._joint.checkpoint_contexts
         self._recomputation = Recomputation(base, recompute, contexts) if recompute else None
         self.num_tries = 0  # passes of a trial: what they took is told by whoever measures
@@ -129,7 +129,7 @@ class PrefixLM:
             any_M = batch.ids_BT.new_zeros(1)
             return 0.0 * self.loss(replace(batch, target_index_M=any_M, target_ids_M=any_M), table_PD, slots)
         finish, size = self._findings.finish, self._findings.vocab_size
-        if finish is None or not self._head.is_frozen:
+        if finish is None or not self._head.gives_losses:
             return summed_nll(self.logits(batch, table_PD, slots), batch.target_ids_M)
         asked = batch.target_index_M, batch.target_ids_M, finish, size
         return self._behind(batch, table_PD, slots, lambda forward: self._head.nll(*asked, forward))
@@ -143,7 +143,7 @@ class PrefixLM:
         if len(batch.target_ids_M) == 0:
             return self.loss(batch, table_PD, slots)[None][:0]
         finish, size = self._findings.finish, self._findings.vocab_size
-        if finish is None or not self._head.is_frozen:
+        if finish is None or not self._head.gives_losses:
             return nll_of_each(self.logits(batch, table_PD, slots), batch.target_ids_M)
         asked = batch.target_index_M, batch.target_ids_M, finish, size
         return self._behind(
