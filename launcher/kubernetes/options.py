@@ -187,6 +187,11 @@ def _mistakes_of_numbers(options: KubernetesOptions) -> Iterator[str]:
         number = getattr(options, name)
         if number is not None and number < smallest:
             yield f"--{name.replace('_', '-')}: {number}: expected at least {smallest}"
+    if options.kind == "trainjob" and options.ttl_seconds is not None:
+        yield (
+            "--ttl-seconds: a TrainJob cannot be deleted by itself, for Kubeflow would train again; "
+            "`prefix-launch cancel` it when it is done"
+        )
 
 
 def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
