@@ -405,6 +405,7 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"annotation": (("a b", ""),)}, "--annotation: 'a b'"),
         ({"set_env": (("a-b", ""),)}, "--set-env: 'a-b': expected the name"),
         ({"set_env": (("HF_TOKEN", "x"),)}, "--set-env: HF_TOKEN: its value belongs into a Secret"),
+        ({"set_env": (("HTTPS_PROXY", "http://me:pw@x"),)}, "--set-env: HTTPS_PROXY: its value belongs into"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused_in_one_line(run_file, changes, line):

@@ -325,7 +325,11 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "options", "said"),
     [
-        (["mlflow.uri=http://me:pw@host"], {}, "mlflow.uri: has a password in it"),
+        (["mlflow.uri=http://me:pw@host"], {}, "mlflow.uri: has a user, a password or a token in it"),
+        (["mlflow.uri=https://dapi0secret@host"], {}, "mlflow.uri: has a user, a password or a token in it"),
+        (["mlflow.tags={api_key: a-secret}"], {}, "mlflow.tags: api_key: looks like a secret"),
+        (["mlflow.tags={OurToken: a-secret}"], {}, "mlflow.tags: OurToken: looks like a secret"),
+        (["mlflow.tags={source: 'https://me:pw@host/x'}"], {}, "mlflow.tags: source: looks like a secret"),
         ([], {"variables": ["A=secret"]}, "--env: A: expected the name of a variable"),
         ([], {"port": 0}, "--port: 0: expected 1 to 65535"),
         (["train.lr=fast"], {}, "train.lr: 'fast'"),
@@ -334,8 +338,20 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
 def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, said):
     with pytest.raises((LaunchError, ConfigError), match=said) as error:
         job_spec(run_file, words, **options)
-    assert "secret" not in str(error.value)
+    assert "secret" not in str(error.value).replace("looks like a secret", "")
     assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "mlflow.uri=sqlite:////runs/me@lab/mlflow.db",
+        "mlflow.uri=https://host/at/@me",
+        "mlflow.tags={tokenizer: x, key: x, author: me@lab.example, tokens: '5'}",
+    ],
+)
+def test_what_is_no_secret_is_not_refused(run_file, word):
+    job_spec(run_file, [word])
 
 
 def test_too_few_hosts_for_the_fewest(run_file):
