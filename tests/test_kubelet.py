@@ -1,5 +1,6 @@
 """Pods of a rendered manifest train, are taken away and replaced by its own policy, and nothing is lost."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -182,3 +183,18 @@ def test_a_port_that_is_in_use_is_one_line_and_another_start():
     assert len(said.splitlines()) == 1
     assert f"port {port} of {socket.gethostname()} is in use" in said
     assert "--port" in said
+
+
+def test_a_signal_while_ranks_meet_ends_one_at_once(tmp_path):
+    """It has nothing to save, and the other may be hours away."""
+    path, port = tmp_path / "run.yaml", free_port()
+    path.write_text("model: {name: x}\nprefix: {text: x}\ndata: {train: x.jsonl, target: '{x}'}\n")
+    words = ["prefix-ds", "train", str(path)]
+    waiting = arriving(0, port, f"import sys; sys.argv = {words}; from prefix_ds.cli import main; main()")
+    while waiting.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.2)
+    waiting.send_signal(signal.SIGTERM)
+    waiting.communicate(timeout=10)
+    assert waiting.returncode == -signal.SIGTERM

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -532,6 +533,23 @@ def test_ctrl_c_between_two_attempts_ends_it(run_file):
     assert process.returncode == 130
     assert said == ""
     assert (run_file.parent / "starts").read_text() == "\n"
+
+
+def test_a_port_that_was_taken_meanwhile_costs_a_restart(run_file):
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        agent = f"""\
+import os, sys
+from launcher import ranks, survey
+free = survey.free_port
+survey.free_port = lambda wish: free(wish) if os.path.exists("tried") else os.mkdir("tried") or {port}
+ranks.rank_command = lambda words: [sys.executable, "-m", "prefix_ds", "links"]
+"""
+        process = launched_with(agent, run_file, "--processes=2", "--max-restarts=1")
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"port {port} of {socket.gethostname()} is in use" in said
+    assert "restart 1 of 1" in said
 
 
 @pytest.mark.parametrize("command", ["ssh", "doctor"])
