@@ -120,8 +120,13 @@ class Agent:
         try:
             await asyncio.wait_for(self.process.wait(), 0 if at_once else _LEAVE_SECONDS)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             await self.process.wait()
         for task in self._tasks:
             task.cancel()
+
+    def kill(self) -> None:
+        """Ends its process; over there the agent hears no more, and ends what it has started."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)

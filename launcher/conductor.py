@@ -52,6 +52,7 @@ class _Conductor:
         self._attempt: Attempt | None = None
         self._reaching: asyncio.Task[list[Agent]] | None = None
         self._trying: asyncio.Task[list[End]] | None = None
+        self._leaving: list[Agent] = []
         self._telling: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -90,6 +91,8 @@ class _Conductor:
         elif self._attempt and self._trying:
             self._soon(self._attempt.kill())
             asyncio.get_running_loop().call_later(_KILL_SECONDS, self._trying.cancel)
+        else:
+            self._kill_those_that_leave()
 
     def _soon(self, telling: Coroutine[Any, Any, None]) -> None:
         self._telling.append(asyncio.ensure_future(telling))
@@ -152,7 +155,14 @@ class _Conductor:
         )
 
     async def _dismiss(self, agents: Iterable[Agent]) -> None:
-        await asyncio.gather(*(agent.dismissed(at_once=self._asked > 1) for agent in agents))
+        self._leaving = list(agents)
+        if self._asked > 1:
+            self._kill_those_that_leave()
+        await asyncio.gather(*(agent.dismissed() for agent in self._leaving))
+
+    def _kill_those_that_leave(self) -> None:
+        for agent in self._leaving:
+            agent.kill()
 
     def _tell(self, last: End) -> None:
         """The culprit, below all that the others had to say, and its last lines below that."""

@@ -521,6 +521,19 @@ def test_a_second_ctrl_c_ends_it_whatever_the_agent_does(run_file):
     assert process.returncode == 130
 
 
+def test_a_ctrl_c_does_not_wait_for_an_agent_that_does_not_leave(run_file):
+    """Its ranks have ended."""
+    agent = "import asyncio\nfrom launcher import ranks\nranks.Ranks.stop = lambda *_: asyncio.sleep(600)"
+    process = launched_with(
+        f"{agent}\nranks.rank_command = lambda words: ['bash', '-c', 'exit 77']", run_file
+    )
+    time.sleep(4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+
+
 def test_ctrl_c_between_two_attempts_ends_it(run_file):
     program = "echo >> starts; kill -9 $$"
     agent = f"from launcher import ranks; ranks.rank_command = lambda words: ['bash', '-c', {program!r}]"
