@@ -97,7 +97,7 @@ class _Obeying:
 
     def _end_if_it_failed(self, running: "asyncio.Future[None]") -> None:
         """The launcher waits for ends of ranks, or for ours: our last words are what went wrong."""
-        if running.exception() is not None:
+        if not running.cancelled() and running.exception() is not None:
             self._hearing.cancel()
 
     def _answer(self, order: wire.Message) -> wire.Message:

@@ -157,7 +157,8 @@ def _store_of_all(rank: int, size: int, patience: timedelta) -> Any:
     except group.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             port = f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}"
-            raise PeerLost(f"{port} is in use, and ranks were to meet there: another with --port") from error
+            how = "is in use, and ranks were to meet there: start again, or give another with --port"
+            raise PeerLost(f"{port} {how}") from error
         raise
     store.set(f"prefix_ds/came/{rank}", "")  # a rank that comes twice, in a new pod, counts once
     store.wait([f"prefix_ds/came/{other}" for other in range(size)], patience)
