@@ -35,14 +35,17 @@ class Agent:
     @classmethod
     async def reached(cls, member: Member, order: wire.Message) -> "Agent":
         """Starts it and waits for its answer. Raises LaunchError, naming the host."""
-        process = await asyncio.create_subprocess_exec(
-            *member.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a terminal's Ctrl-C is for us alone
-            limit=wire.LONGEST_MESSAGE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *member.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is for us alone
+                limit=wire.LONGEST_MESSAGE,
+            )
+        except OSError as error:
+            raise LaunchError(f"{member.host.name}: {member.command[0]}: {error.strerror}") from None
         agent = cls(member, process)
         try:
             await agent._introduced(order)
@@ -117,8 +120,13 @@ class Agent:
         try:
             await asyncio.wait_for(self.process.wait(), 0 if at_once else _LEAVE_SECONDS)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             await self.process.wait()
         for task in self._tasks:
             task.cancel()
+
+    def kill(self) -> None:
+        """Ends its process; over there the agent hears no more, and ends what it has started."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)

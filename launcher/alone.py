@@ -9,21 +9,19 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.command import Team
 from launcher.ends import SETTLE_SECONDS, End, culprit
 from launcher.ranks import Ranks
-from prefix_ds.errors import EXIT_DONE, EXIT_STOPPED, PeerLost
+from prefix_ds.errors import EXIT_DONE, EXIT_STOPPED
 
-_NAME_SECONDS = 300.0  # until the first pod's name is known
 _HOST = socket.gethostname()
 
 
 async def node_alone(team: Team, words: Sequence[str], logs: Path | None, grace_seconds: float) -> int:
-    """Runs its ranks to their end, or to the scheduler's signal. The exit code. Raises PeerLost."""
+    """Runs its ranks to their end, or to the scheduler's signal. The exit code."""
     ranks = Ranks(team, words, logs, _say_for)
     stopping: list[asyncio.Task[None]] = []
     is_asked = asyncio.Event()
@@ -55,15 +53,16 @@ def _say(line: str) -> None:
 
 
 async def _known(host: str, is_asked: asyncio.Event) -> None:
-    """Returns when the name has an address, as a pod's has once it runs, or on request. Raises PeerLost."""
-    deadline = time.monotonic() + _NAME_SECONDS
+    """Returns when the name has an address, as a pod's has once it runs, or on request."""
+    is_told = False
     while not is_asked.is_set():
         try:
             await asyncio.get_running_loop().getaddrinfo(host, None)
             return
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise PeerLost(f"--master: {host}: {error.strerror or error}") from None
+            if not is_told:
+                _say(f"waiting for {host}, which runs nowhere yet: {error}")
+            is_told = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(is_asked.wait(), 1)
 

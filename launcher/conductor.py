@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from launcher.agent import Agent
@@ -22,6 +22,7 @@ from prefix_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_PEER, EXIT_STOPPED, EXIT_
 _ENDED_AT_ONCE = 130  # by a second Ctrl-C, as shells say it
 _PATIENCE_SECONDS = 60.0  # for hosts that were lost to come back, before going on without them
 _BETWEEN_SECONDS = 3.0  # an agent that lost us has ended its ranks when this has passed a few times
+_KILL_SECONDS = 8.0  # for agents to say that all ranks are killed, before that is believed without them
 _SHOWN_LINES = 20
 
 
@@ -50,6 +51,8 @@ class _Conductor:
         self._asked = 0  # how often the user has asked for the end
         self._attempt: Attempt | None = None
         self._reaching: asyncio.Task[list[Agent]] | None = None
+        self._trying: asyncio.Task[list[End]] | None = None
+        self._leaving: list[Agent] = []
         self._telling: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -76,7 +79,6 @@ class _Conductor:
                 return EXIT_PEER if last.rank is None else last.exit_code
             restarts += 1
             self._say(f"restart {restarts} of {self._plan.max_restarts}, from the latest checkpoint")
-            await asyncio.sleep(_BETWEEN_SECONDS)
 
     def _ask(self) -> None:
         """The first time for a checkpoint, then for the end; where nothing runs there is nothing to save."""
@@ -86,8 +88,11 @@ class _Conductor:
         elif self._attempt and self._asked == 1:
             self._say("stopping: every rank writes a checkpoint and ends; once more to end without")
             self._soon(self._attempt.stop(self._plan.grace_seconds))
-        elif self._attempt:
+        elif self._attempt and self._trying:
             self._soon(self._attempt.kill())
+            asyncio.get_running_loop().call_later(_KILL_SECONDS, self._trying.cancel)
+        else:
+            self._kill_those_that_leave()
 
     def _soon(self, telling: Coroutine[Any, Any, None]) -> None:
         self._telling.append(asyncio.ensure_future(telling))
@@ -104,15 +109,20 @@ class _Conductor:
         try:
             check_alike(agents, self._plan)
             self._attempt = Attempt(agents, self._plan.words, self._plan.master, self._show)
-            return culprit(await self._attempt.run())
+            self._trying = asyncio.ensure_future(self._attempt.run())
+            return culprit(await self._trying)
+        except asyncio.CancelledError:
+            return None
         finally:
             self._attempt = None
-            await _dismiss(agents)
+            await self._dismiss(agents)
 
     async def _reached(self, is_first: bool) -> list[Agent]:
         """Agents on all hosts; on a restart, on those that answer in time, if they are enough."""
         agents: dict[str, Agent] = {}
         waits = 0 if is_first else round(_PATIENCE_SECONDS / _BETWEEN_SECONDS)
+        if not is_first:
+            await asyncio.sleep(_BETWEEN_SECONDS)
         try:
             for wait in range(waits, -1, -1):
                 missing = [m for m in self._plan.members if m.host.name not in agents]
@@ -122,7 +132,7 @@ class _Conductor:
             if errors and (is_first or len(agents) < self._plan.fewest):
                 raise LaunchError(*(line for error in errors for line in error.args))
         except BaseException:
-            await _dismiss(agents.values())
+            await self._dismiss(agents.values())
             raise
         for error in errors:
             self._say(f"going on without {error}")
@@ -144,6 +154,16 @@ class _Conductor:
             self._environment, self._plan.port if member is self._plan.members[0] else None
         )
 
+    async def _dismiss(self, agents: Iterable[Agent]) -> None:
+        self._leaving = list(agents)
+        if self._asked > 1:
+            self._kill_those_that_leave()
+        await asyncio.gather(*(agent.dismissed() for agent in self._leaving))
+
+    def _kill_those_that_leave(self) -> None:
+        for agent in self._leaving:
+            agent.kill()
+
     def _tell(self, last: End) -> None:
         """The culprit, below all that the others had to say, and its last lines below that."""
         if last.code == EXIT_USER and last.rank == 0:
@@ -152,10 +172,6 @@ class _Conductor:
         if last.code not in (EXIT_USER, EXIT_STOPPED):
             for line in last.tail[-_SHOWN_LINES:]:
                 self._say(f"    {line}")
-
-
-async def _dismiss(agents: Any) -> None:
-    await asyncio.gather(*(agent.dismissed() for agent in agents))
 
 
 def check_alike(agents: Sequence[Agent], plan: CrewPlan) -> None:

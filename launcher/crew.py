@@ -50,6 +50,7 @@ class CrewPlan:
             "logs": str(self.logs),
             "environment": environment,
             "port": port,
+            "master": self.master,
         }
 
     def text(self) -> str:

@@ -69,7 +69,7 @@ def _meaning(code: int, by_us: bool) -> str:
         EXIT_BUG: "ended with an error",
         EXIT_USER: "the run was refused",
         EXIT_STOPPED: "stopped on request, checkpoint written",
-        EXIT_PEER: "another rank was lost",
+        EXIT_PEER: "another rank was lost, or could not be met",
         EXIT_DEVICE: "its device broke down",
     }
     return known.get(code, f"ended with exit code {code}")

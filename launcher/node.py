@@ -22,7 +22,7 @@ from launcher.alone import node_alone
 from launcher.command import Team
 from launcher.ends import lifted
 from launcher.ordered import obey
-from prefix_ds.errors import EXIT_BUG, EXIT_PEER, EXIT_USER, LaunchError, PeerLost, PrefixError
+from prefix_ds.errors import EXIT_BUG, EXIT_USER, LaunchError, PrefixError
 
 _NUMBERS = ("JOB_COMPLETION_INDEX", "SLURM_NODEID", "PET_NODE_RANK")
 
@@ -40,9 +40,6 @@ def _exit_code(asked: argparse.Namespace) -> int:
     except PrefixError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_USER
-    except PeerLost as lost:
-        print(lost, file=sys.stderr)  # noqa: T201
-        return EXIT_PEER
     except Exception:
         traceback.print_exc()
         return EXIT_BUG

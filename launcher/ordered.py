@@ -60,21 +60,26 @@ class _Obeying:
         self._running: asyncio.Future[None] | None = None
         self._environment = dict(os.environ)
         self._logs: Path | None = None
+        self._grace_seconds = _ALONE_SECONDS
 
     async def run(self) -> None:
-        """Until the launcher has closed its side and no rank lives."""
+        """Until the launcher has closed its side and no rank lives, or ranks cannot be started."""
         for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the launcher says when to stop
             asyncio.get_running_loop().add_signal_handler(signal_, lambda: None)
-        grace_seconds = _ALONE_SECONDS
+        self._hearing = asyncio.ensure_future(self._hear())
+        await asyncio.wait([self._hearing])
+        if self._ranks is not None:
+            await self._ranks.stop(self._grace_seconds)
+        if self._running is not None:
+            await self._running
+        await self._hearing
+
+    async def _hear(self) -> None:
         try:
             async for message in wire.received(self._reader):
                 await self._do(message)
         except wire.SilentError:
-            grace_seconds = _SILENT_SECONDS
-        if self._ranks is not None:
-            await self._ranks.stop(grace_seconds)
-        if self._running is not None:
-            await self._running
+            self._grace_seconds = _SILENT_SECONDS
 
     async def _do(self, message: wire.Message) -> None:
         match message:
@@ -84,10 +89,16 @@ class _Obeying:
                 await self._tell({"survey": _surveyed(asked)})
             case {"team": team, "words": words}:
                 self._running = asyncio.ensure_future(self._run(Team(**team), words))
+                self._running.add_done_callback(self._end_if_it_failed)
             case {"stop": seconds} if self._ranks is not None:
                 self._stopping = asyncio.ensure_future(self._ranks.stop(seconds))
             case {"kill": _} if self._ranks is not None:
                 self._ranks.kill()
+
+    def _end_if_it_failed(self, running: "asyncio.Future[None]") -> None:
+        """The launcher waits for ends of ranks, or for ours: our last words are what went wrong."""
+        if not running.cancelled() and running.exception() is not None:
+            self._hearing.cancel()
 
     def _answer(self, order: wire.Message) -> wire.Message:
         """What this node is, or why it cannot take part."""
@@ -96,6 +107,8 @@ class _Obeying:
         try:
             os.chdir(order["folder"])
             port = survey.free_port(order["port"])
+            if order["master"]:
+                survey.check_address(order["master"])
         except OSError as error:
             return {"refused": f"{order['folder']}: {error.strerror}"}
         except LaunchError as error:

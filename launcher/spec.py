@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from launcher.secrets import has_login, is_secret
 from prefix_ds.config import RunConfig, read_config
 from prefix_ds.errors import ConfigError, LaunchError
 
@@ -67,8 +67,15 @@ def job_spec(
 
 def _refuse_secrets(config: RunConfig) -> None:
     """Whatever a run file or an override says ends up in command lines and manifests."""
-    if config.mlflow.uri and urlsplit(config.mlflow.uri).password:
-        raise ConfigError(
-            "mlflow.uri: has a password in it, and a launched job's configuration can be read by others; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD and pass them on with --env"
+    mistakes = []
+    if config.mlflow.uri and has_login(config.mlflow.uri):
+        mistakes.append(
+            "mlflow.uri: has a user, a password or a token in it, and a launched job's configuration can be "
+            "read by others; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN, and pass them on with --env"
         )
+    for name, value in config.mlflow.tags.items():
+        if is_secret(name) or has_login(value):
+            mistakes.append(f"mlflow.tags: {name}: looks like a secret, which all who see the run could read")
+    if mistakes:
+        raise ConfigError(*mistakes)

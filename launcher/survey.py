@@ -117,6 +117,16 @@ def free_port(port: int | None) -> int:
         return int(s.getsockname()[1])
 
 
+def check_address(host: str) -> None:
+    """Raises LaunchError for a name that means nothing on this node."""
+    try:
+        socket.getaddrinfo(host, None)
+    except UnicodeError:
+        raise LaunchError(f"--master: {host}: expected a name or an address") from None
+    except OSError as error:
+        raise LaunchError(f"--master: {host}: {error.strerror} on {socket.gethostname()}") from None
+
+
 def is_loopback(host: str) -> bool:
     """Whether a name or address means every machine itself."""
     try:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-# What gloo, NCCL and torch's store say of a rank that no longer answers; they raise plain RuntimeErrors.
+# What gloo and NCCL say of a rank that no longer answers; they raise plain RuntimeErrors.
 _PEER_IS_GONE = (
     "closed by peer",
     "reset by peer",
@@ -104,8 +104,9 @@ def has_gpu() -> bool:
 def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> Iterator[World]:
     """The world, with a process group for as long as the block lasts. Every rank calls this.
 
-    A rank that is later than `timeout_minutes` at a sum is lost. Where one prepares what all need (it loads
-    from a hub, tokenises, reads a checkpoint), the others wait for `patience_minutes`, or until it dies.
+    A rank that is later than `timeout_minutes` at a sum is lost. Where one has not started yet, or prepares
+    what all need (it loads from a hub, tokenises, reads a checkpoint), the others wait `patience_minutes`, or
+    until it dies. Raises PeerLost.
     """
     import torch
     import torch.distributed as group
@@ -124,17 +125,14 @@ def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> 
     set_default_environment(  # DeepSpeed reads them even where torch needs none
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
     )
-    alone = group.HashStore() if size == 1 else None  # type: ignore[attr-defined]
+    timeout, patience = timedelta(minutes=timeout_minutes), timedelta(minutes=patience_minutes)
     with peers_may_die():  # the first rank can be taken away while the others arrive
-        group.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            store=alone,
-            rank=rank if alone else -1,
-            world_size=size if alone else -1,
-        )
+        store = _store_of_all(rank, size, patience)
+        store.set_timeout(timeout)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        group.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         if size > 1:
-            _patient[:] = [group.new_group(backend="gloo", timeout=timedelta(minutes=patience_minutes))]
+            _patient[:] = [group.new_group(backend="gloo", timeout=patience)]
     try:
         with device_may_fail(f"rank {rank} ({device} of {socket.gethostname()})"):
             _check_alike(device)
@@ -145,6 +143,26 @@ def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> 
 
 
 _patient: list[Any] = []  # the group of those that wait for one of them
+
+
+def _store_of_all(rank: int, size: int, patience: timedelta) -> Any:
+    """Torch's store, once all ranks have come to it. Every rank calls this."""
+    import torch.distributed as group
+    from torch.distributed.rendezvous import rendezvous
+
+    if size == 1:
+        return group.HashStore()  # type: ignore[attr-defined]
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+    except group.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            port = f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}"
+            how = "is in use, and ranks were to meet there: start again, or give another with --port"
+            raise PeerLost(f"{port} {how}") from error
+        raise
+    store.set(f"prefix_ds/came/{rank}", "")  # a rank that comes twice, in a new pod, counts once
+    store.wait([f"prefix_ds/came/{other}" for other in range(size)], patience)
+    return store
 
 
 def _check_gpus(local_size: int) -> None:
@@ -336,10 +354,13 @@ def wait_for_all() -> None:
 @contextlib.contextmanager
 def peers_may_die() -> Iterator[None]:
     """Tells a collective call that failed because another rank is gone from every other error: PeerLost."""
+    from torch.distributed import DistNetworkError, DistStoreError
+
     try:
         yield
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _PEER_IS_GONE):
+        is_of_the_store = isinstance(error, DistNetworkError | DistStoreError)
+        if is_of_the_store or any(sign in str(error) for sign in _PEER_IS_GONE):
             said = "; ".join(
                 line.strip() for line in str(error).splitlines() if line.strip()
             )  # NCCL's reason is last

@@ -7,7 +7,7 @@
     ├── RunError                a run folder, a checkpoint or a saved prefix
     └── LaunchError             a host, a scheduler or a cluster a job is to run on
     Stopped                     a signal asked for the end; a checkpoint was written: exit code 75
-    PeerLost                    another rank died in the middle of a step: exit code 76
+    PeerLost                    another rank died, or could not be met: exit code 76
     DeviceLost                  this rank's own device broke down: exit code 77
 
 Everything else is a bug of ours (exit code 1, with its traceback). Knows nothing of what raises these.
@@ -70,7 +70,7 @@ class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
 
 
 class PeerLost(Exception):  # noqa: N818 - the error is on the other rank
-    """A collective call failed because another rank is gone."""
+    """A collective call failed because another rank is gone, or ranks cannot meet."""
 
 
 class DeviceLost(Exception):  # noqa: N818 - it is the machine that is wrong

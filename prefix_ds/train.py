@@ -93,9 +93,8 @@ def train(config: RunConfig) -> Progress:
     Raises PrefixError; Stopped when asked to stop, with a checkpoint written; PeerLost.
     """
     configure_logging()
-    stop = StopRequest()
     with joined_world() as world, peers_may_die():
-        return _train(config, world, stop)
+        return _train(config, world, StopRequest())
 
 
 def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent  # whose agent the hosts run, whatever is installed
 BRIDGE, NETWORK = "pds-bridge", "10.213.77"
 TOOLS = ("ip", "tc", "nft", "sshd", "ssh-keygen", "unshare", "nsenter")
 SSHD = """
@@ -29,6 +30,7 @@ UsePAM no
 LogLevel ERROR
 PermitRootLogin yes
 MaxStartups 100
+SetEnv PYTHONPATH={root}
 """
 LOSS = """
 add table netdev {table}
@@ -184,7 +186,7 @@ def _set_up(number, name, names, folder, started):
     lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{n + 1} {other}" for n, other in enumerate(names))]
     (known / "hosts").write_text("\n".join(lines) + "\n")
     conf = folder / "sshd_config"
-    conf.write_text(SSHD.format(folder=folder))
+    conf.write_text(SSHD.format(folder=folder, root=ROOT))
     inside = f"hostname {name} && exec $(command -v sshd) -D -f {conf}"
     process = subprocess.Popen(
         ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", inside], stderr=subprocess.DEVNULL

@@ -108,6 +108,8 @@ def test_deepspeeds_own_launcher_works_too(hosts, work, tmp_path):
         (["--hosts", "host-0,host-1", "--python", "/nowhere/python"], "host-0: .*/nowhere/python"),
         (["--hosts", "host-0,host-1", "--port", "22"], "host-0: --port: 22: Address already in use"),
         (["--hosts", "host-0,host-1", "--env", "NOT_SET"], "--env: NOT_SET: is not set here"),
+        (["--hosts", "host-0,host-1", "--master", "node..1"], "host-0: --master: node..1: expected a name"),
+        (["--hosts", "host-0,host-1", "--master", "n.invalid"], "host-0: --master: n.invalid: .* on host-0"),
     ],
 )
 def test_what_keeps_a_job_from_starting_is_told_in_a_line_each(hosts, work, words, said):

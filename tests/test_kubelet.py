@@ -1,5 +1,6 @@
 """Pods of a rendered manifest train, are taken away and replaced by its own policy, and nothing is lost."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from launcher.spec import job_spec
 from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_BUG, EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER
 from tests.kubelet import ROOT, Cluster, action_for, missing, showing_logs
-from tests.ranks import command
+from tests.ranks import command, free_port
 from tests.test_kill import STEPS, trained_bytes
 from tests.workshop import run_config
 
@@ -120,31 +121,80 @@ def test_a_users_mistake_ends_the_job_at_once(claim, tmp_path):
             assert "nothing.jsonl" in said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_STOPPED), (None, EXIT_PEER)])
-def test_a_pod_that_waits_for_the_first_one_is_no_users_mistake(number, code):
-    program = "from launcher import alone, node; alone._NAME_SECONDS = 3; node.main()"
+def test_a_pod_waits_for_the_first_one_until_it_is_told_to_stop():
+    """Where the first has no machine yet, an end would be counted, and another pod would wait as this one."""
     words = ["--nodes=2", "--node=1", "--master=nowhere.invalid:29500", "--", "train", "run.yaml"]
-    waiting = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while number is not None and waiting.poll() is None and not catches(waiting.pid, number):
-        time.sleep(0.05)
-    if number is not None:
-        waiting.send_signal(number)
-    assert waiting.wait(30) == code
+    program = [sys.executable, "-m", "launcher.node", *words]
+    waiting = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert waiting.stdout.readline().startswith("waiting for nowhere.invalid, which runs nowhere yet")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(3)
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.communicate(timeout=30)[0] == ""
+    assert waiting.returncode == EXIT_STOPPED
 
 
-def catches(pid, number):
-    """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught, 16) >> (number - 1) & 1)
+def arriving(rank, port, program):
+    """A rank of two that meets the other."""
+    world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-c", f"from prefix_ds.dist import joined_world\n{program}"]
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | world, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_peer_that_is_lost_while_ranks_meet_is_no_bug():
-    program = "from prefix_ds.dist import joined_world\nwith joined_world(0.1): pass"
     with socket.create_server(("127.0.0.1", 0)) as first:
-        world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | world | {"MASTER_PORT": str(first.getsockname()[1])}
-        words = [sys.executable, "-c", program]
-        arrived = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        arrived = arriving(1, first.getsockname()[1], "with joined_world(0.1, 0.1): pass")
         first.accept()[0].close()
     assert "PeerLost: another rank is gone" in arrived.communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_peer_that_does_not_come_is_no_bug(rank):
+    waiting = arriving(rank, free_port(), "with joined_world(0.05, 0.05): pass")
+    assert "PeerLost: another rank is gone" in waiting.communicate(timeout=60)[1]
+
+
+def test_a_peer_that_comes_and_says_nothing_is_no_bug():
+    """It is at the store, and dies before the groups are made."""
+    port = free_port()
+    come = "import os, prefix_ds.dist as d, datetime\nd._store_of_all(1, 2, datetime.timedelta(minutes=1))"
+    silent = arriving(1, port, f"{come}\nimport time; time.sleep(60)")
+    waiting = arriving(0, port, "with joined_world(0.1): pass")
+    assert "PeerLost: another rank is gone" in waiting.communicate(timeout=60)[1]
+    silent.kill()
+    silent.communicate()
+
+
+def test_a_peer_may_come_later_than_a_sum_is_waited_for():
+    port = free_port()
+    waiting = arriving(0, port, "with joined_world(0.03): pass")
+    time.sleep(9)
+    late = arriving(1, port, "with joined_world(0.5): pass")
+    assert [each.communicate(timeout=60)[1] for each in (waiting, late)] == ["", ""]
+
+
+def test_a_port_that_is_in_use_is_one_line_and_another_start():
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = "import sys; sys.argv = ['prefix-ds', 'links']; from prefix_ds.cli import main; main()"
+        first = arriving(0, port, program)
+        said = first.communicate(timeout=60)[1]
+    assert first.returncode == EXIT_PEER
+    assert len(said.splitlines()) == 1
+    assert f"port {port} of {socket.gethostname()} is in use" in said
+    assert "--port" in said
+
+
+def test_a_signal_while_ranks_meet_ends_one_at_once(tmp_path):
+    """It has nothing to save, and the other may be hours away."""
+    path, port = tmp_path / "run.yaml", free_port()
+    path.write_text("model: {name: x}\nprefix: {text: x}\ndata: {train: x.jsonl, target: '{x}'}\n")
+    words = ["prefix-ds", "train", str(path)]
+    waiting = arriving(0, port, f"import sys; sys.argv = {words}; from prefix_ds.cli import main; main()")
+    while waiting.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.2)
+    waiting.send_signal(signal.SIGTERM)
+    waiting.communicate(timeout=10)
+    assert waiting.returncode == -signal.SIGTERM

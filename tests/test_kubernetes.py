@@ -90,7 +90,8 @@ def planned(spec, **changes):
 
 
 def everything(run_file, kind):
-    return plan(full_spec(run_file), KubernetesOptions(**(vars(EVERYTHING) | {"kind": kind})))
+    changes = {"kind": kind} | ({"ttl_seconds": None} if kind == "trainjob" else {})
+    return plan(full_spec(run_file), KubernetesOptions(**(vars(EVERYTHING) | changes)))
 
 
 def check_objects(manifests):
@@ -366,7 +367,7 @@ def test_other_names_are_refused(run_file, wish, kind):
 
 def test_the_longest_name_counts_what_the_pods_add(run_file):
     spec = job_spec(run_file, num_nodes=12)
-    for kind, longest in (("job", 60), ("jobset", 53), ("trainjob", 53)):
+    for kind, longest in (("job", 60), ("jobset", 47), ("trainjob", 47)):
         assert plan(spec, options(kind=kind, name="x" * longest, runs_claim="r")).name == "x" * longest
         with pytest.raises(LaunchError, match=f"at most {longest}"):
             plan(spec, options(kind=kind, name="x" * (longest + 1), runs_claim="r"))
@@ -385,6 +386,7 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"cpu": "-1"}, "--cpu: '-1'"),
         ({"shm": "2GB"}, "--shm: '2GB'"),
         ({"restarts": -1}, "--restarts: -1"),
+        ({"kind": "trainjob", "ttl_seconds": 5}, "--ttl-seconds: a TrainJob cannot be deleted by itself"),
         ({"gpus_per_node": -1}, "--gpus-per-node: -1"),
         ({"gpus_per_node": 2}, "--gpus-per-node: 2"),
         ({"user_id": 0}, "--user-id: 0"),
@@ -403,6 +405,7 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"annotation": (("a b", ""),)}, "--annotation: 'a b'"),
         ({"set_env": (("a-b", ""),)}, "--set-env: 'a-b': expected the name"),
         ({"set_env": (("HF_TOKEN", "x"),)}, "--set-env: HF_TOKEN: its value belongs into a Secret"),
+        ({"set_env": (("HTTPS_PROXY", "http://me:pw@x"),)}, "--set-env: HTTPS_PROXY: its value belongs into"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused_in_one_line(run_file, changes, line):
@@ -510,6 +513,23 @@ def test_a_job_that_is_there_is_not_submitted_again(run_file, kubectl):
     assert not (kubectl / "applied").exists()
 
 
+def test_a_job_is_not_submitted_while_pods_of_a_cancelled_one_write_their_checkpoint(run_file, kubectl):
+    program = kubectl / "kubectl"
+    program.write_text(program.read_text() + '[ "$2" != pods ] || echo pod/dialogsum-0-abcde\n')
+    with pytest.raises(
+        LaunchError, match="its pods still write their checkpoint: pod/dialogsum-0-a"
+    ) as refused:
+        backend.submit(plan(job_spec(run_file), options()))
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (kubectl / "applied").exists()
+    asked = (kubectl / "words").read_text().splitlines()[-1]
+    assert (
+        "--namespace=training --selector=app.kubernetes.io/name=prefix-ds,app.kubernetes.io/instance="
+        in asked
+    )
+    assert asked.endswith("--field-selector=status.phase!=Succeeded,status.phase!=Failed --output=name")
+
+
 def test_anothers_service_of_the_same_name_is_left_alone(run_file, kubectl):
     program = kubectl / "kubectl"
     program.write_text(
@@ -539,6 +559,23 @@ def test_status_and_cancel_ask_for_kinds_that_the_cluster_knows(kubectl):
         f"get jobs.batch,pods {picked} --output=wide",
         f"delete jobs.batch,services,configmaps {picked} --wait=false",
     ]
+
+
+@pytest.mark.parametrize(("ask", "word"), [(backend.status, "get"), (backend.cancel, "delete")])
+def test_an_api_that_is_down_keeps_nobody_from_status_and_cancel(kubectl, ask, word):
+    """kubectl tells of all the others, and ends with 1."""
+    (kubectl / "api-resources.fails").write_text("error: unable to retrieve ...: metrics.k8s.io/v1beta1\n")
+    with pytest.raises(LaunchError, match=r"kubectl api-resources: error: .*metrics\.k8s\.io"):
+        ask("my-run", "training")
+    (kubectl / "api-resources.says").write_text("jobs.batch\n")
+    (kubectl / f"{word}.says").write_text("my-run\n")
+    assert ask("my-run", "training") == "my-run\n"
+
+
+def test_how_long_a_trainjob_may_take_is_said_to_it(run_file):
+    *_, runtime, job = planned(job_spec(run_file), kind="trainjob", deadline_seconds=60)
+    assert job["spec"]["activeDeadlineSeconds"] == 60
+    assert not [*found(runtime, "activeDeadlineSeconds")]
 
 
 @pytest.mark.parametrize("ask", [backend.status, backend.cancel])

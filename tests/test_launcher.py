@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -277,6 +278,23 @@ def test_a_stop_while_ranks_are_being_started_reaches_all(monkeypatch):
     assert [end.code for end in asyncio.run(run())] == [-signal.SIGTERM] * 3
 
 
+def test_what_a_killed_rank_has_started_has_time_to_tell_how_it_ended(monkeypatch, tmp_path):
+    """MLflow's mirror: else the run would be running there for ever."""
+    monkeypatch.chdir(tmp_path)
+    ranks, _ = ranks_that(monkeypatch, "(sleep 1; touch told) > /dev/null & touch begun; wait")
+
+    async def killed():
+        running = asyncio.ensure_future(anext(ranks.run(os.environ)))
+        while not Path("begun").exists():
+            await asyncio.sleep(0.05)
+        ranks.kill()
+        return await running
+
+    end = asyncio.run(killed())
+    assert (end.code, end.by_us) == (-signal.SIGKILL, True)
+    assert Path("told").exists()
+
+
 def test_a_plan_for_hosts_as_it_is_printed(run_file, monkeypatch):
     monkeypatch.chdir(run_file.parent)
     spec = job_spec(Path("run.yaml"), ["train.lr=0.1"], variables=["HF_TOKEN"])
@@ -308,7 +326,11 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "options", "said"),
     [
-        (["mlflow.uri=http://me:pw@host"], {}, "mlflow.uri: has a password in it"),
+        (["mlflow.uri=http://me:pw@host"], {}, "mlflow.uri: has a user, a password or a token in it"),
+        (["mlflow.uri=https://dapi0secret@host"], {}, "mlflow.uri: has a user, a password or a token in it"),
+        (["mlflow.tags={api_key: a-secret}"], {}, "mlflow.tags: api_key: looks like a secret"),
+        (["mlflow.tags={OurToken: a-secret}"], {}, "mlflow.tags: OurToken: looks like a secret"),
+        (["mlflow.tags={source: 'https://me:pw@host/x'}"], {}, "mlflow.tags: source: looks like a secret"),
         ([], {"variables": ["A=secret"]}, "--env: A: expected the name of a variable"),
         ([], {"port": 0}, "--port: 0: expected 1 to 65535"),
         (["train.lr=fast"], {}, "train.lr: 'fast'"),
@@ -317,8 +339,20 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
 def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, said):
     with pytest.raises((LaunchError, ConfigError), match=said) as error:
         job_spec(run_file, words, **options)
-    assert "secret" not in str(error.value)
+    assert "secret" not in str(error.value).replace("looks like a secret", "")
     assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "mlflow.uri=sqlite:////runs/me@lab/mlflow.db",
+        "mlflow.uri=https://host/at/@me",
+        "mlflow.tags={tokenizer: x, key: x, author: me@lab.example, tokens: '5'}",
+    ],
+)
+def test_what_is_no_secret_is_not_refused(run_file, word):
+    job_spec(run_file, [word])
 
 
 def test_too_few_hosts_for_the_fewest(run_file):
@@ -451,6 +485,100 @@ def test_ranks_do_not_outlive_a_launcher_or_an_agent_that_is_killed(tmp_path):
             time.sleep(0.1)
         assert not ranks_of(run_file)
     assert process.returncode == EXIT_PEER
+
+
+def launched_with(agent, run_file, *words):
+    """A launch on this machine whose agent has these lines of Python in front."""
+    agent = f"{agent}\nfrom launcher.node import main\nmain()"
+    program = f"from launcher import cli, here\nhere._AGENT = ('-c', {agent!r}, '--ordered')\ncli.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "local", str(run_file), *words],
+        cwd=run_file.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_agent_that_cannot_start_its_ranks_is_told_of(run_file):
+    agent = "from launcher import ranks; ranks.rank_command = lambda words: ['/nowhere/python']"
+    process = launched_with(agent, run_file, "--processes=2")
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == EXIT_PEER
+    assert "localhost: FileNotFoundError: " in said
+    assert "/nowhere/python" in said
+
+
+def test_a_second_ctrl_c_ends_it_whatever_the_agent_does(run_file):
+    hang = "ordered._Obeying._run = lambda *_: asyncio.sleep(600)"
+    agent = f"import asyncio\nfrom launcher import ordered\n{hang}"
+    process = launched_with(agent, run_file)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    assert "stopping" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+    assert process.returncode == 130
+
+
+def test_a_ctrl_c_does_not_wait_for_an_agent_that_does_not_leave(run_file):
+    """Its ranks have ended."""
+    agent = "import asyncio\nfrom launcher import ranks\nranks.Ranks.stop = lambda *_: asyncio.sleep(600)"
+    process = launched_with(
+        f"{agent}\nranks.rank_command = lambda words: ['bash', '-c', 'exit 77']", run_file
+    )
+    time.sleep(4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+
+
+def test_ctrl_c_between_two_attempts_ends_it(run_file):
+    program = "echo >> starts; kill -9 $$"
+    agent = f"from launcher import ranks; ranks.rank_command = lambda words: ['bash', '-c', {program!r}]"
+    process = launched_with(agent, run_file, "--max-restarts=3")
+    while not (line := process.stderr.readline()).startswith("restart 1 of 3"):
+        assert line
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert said == ""
+    assert (run_file.parent / "starts").read_text() == "\n"
+
+
+def test_a_port_that_was_taken_meanwhile_costs_a_restart(run_file):
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        agent = f"""\
+import os, sys
+from launcher import ranks, survey
+free = survey.free_port
+survey.free_port = lambda wish: free(wish) if os.path.exists("tried") else os.mkdir("tried") or {port}
+ranks.rank_command = lambda words: [sys.executable, "-m", "prefix_ds", "links"]
+"""
+        process = launched_with(agent, run_file, "--processes=2", "--max-restarts=1")
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"port {port} of {socket.gethostname()} is in use" in said
+    assert "restart 1 of 1" in said
+
+
+@pytest.mark.parametrize("command", ["ssh", "doctor"])
+def test_without_ssh_it_says_so_in_one_line(run_file, command):
+    words = [command, run_file.name, "--hosts", "a", "--ssh", "/nowhere/ssh -p 22"]
+    done = subprocess.run(
+        [*LAUNCH, *words],
+        cwd=run_file.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == EXIT_USER
+    assert "a: /nowhere/ssh: No such file or directory" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_refused_run_is_refused_in_one_line_and_not_started_again(tmp_path):

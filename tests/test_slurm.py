@@ -316,6 +316,18 @@ def test_sbatch_gets_the_very_text(tmp_path, monkeypatch):
     assert job.logs.is_dir()
 
 
+def test_what_the_user_typed_goes_before_variables_of_sbatch(tmp_path, monkeypatch):
+    """sbatch takes its variables for typed options, and those in a script for less than that."""
+    fake(tmp_path, "sbatch", f"env > {tmp_path}/env; echo 77", monkeypatch)
+    names = "PARTITION TIMELIMIT EXPORT NO_REQUEUE MEM_PER_CPU OUTPUT RESERVATION GPUS_PER_NODE WCKEY"
+    for name in names.split():
+        monkeypatch.setenv(f"SBATCH_{name}", "other")
+    monkeypatch.setenv("HF_TOKEN", "x")
+    backend.submit(replace(PLANS["two_nodes"], logs=tmp_path))
+    left = [line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert left == ["SBATCH_WCKEY=other"]  # of which the script says nothing
+
+
 def test_what_slurm_refuses_is_one_line_in_its_own_words(tmp_path, monkeypatch):
     words = (
         "echo 'sbatch: error: invalid partition specified: x' >&2; echo 'sbatch: error: failed' >&2; exit 1"
@@ -424,6 +436,29 @@ def test_the_command_runs_at_once_in_an_allocation(bench):
     assert ended.returncode == 75, ended.stderr
     assert "--overlap" in (bench / "srun.argv").read_text().splitlines()
     assert not requeued(bench)
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "ranks"),
+    [
+        ([], {"SLURM_GPUS_ON_NODE": "8"}, "--ranks 8 --gpus 8"),
+        ([], {"SLURM_GPUS_PER_NODE": "a100:8"}, "--ranks 8 --gpus 8"),
+        ([], {"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS": "8"}, "--ranks 4 --gpus 4"),
+        (["--gpus-per-node=4"], {"SLURM_GPUS": "8"}, "--ranks 4 --gpus 4"),
+        (["--ranks-per-node=2"], {"SLURM_GPUS_ON_NODE": "8"}, "--ranks 2 --master"),
+        (["--gpus-per-node=4"], {"SLURM_GPUS_ON_NODE": "8"}, "--ranks 4 --gpus 4"),
+        ([], {}, "--ranks 1 --master"),
+    ],
+)
+def test_in_an_allocation_there_is_a_rank_for_each_of_its_gpus(tmp_path, words, found, ranks):
+    words = [run_file(tmp_path), "--dry-run", *words]
+    assert f" {ranks} " in launched(tmp_path, *words, SLURM_JOB_ID="8", **found).stdout
+
+
+def test_an_allocation_that_says_its_gpus_in_another_way_is_refused(tmp_path):
+    refused = launched(tmp_path, run_file(tmp_path), "--dry-run", SLURM_JOB_ID="8", SLURM_GPUS="16")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: SLURM_GPUS: 16: how many ranks a node? Say --gpus-per-node\n"
 
 
 def test_a_mistake_is_one_line_and_2(tmp_path):

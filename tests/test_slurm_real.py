@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from launcher.slurm import backend
-from launcher.slurm.options import SlurmOptions
+from launcher.slurm.options import Resources, SlurmOptions
 from launcher.slurm.script import plan
 from launcher.spec import job_spec
 from prefix_ds.config import config_text, read_config
@@ -196,6 +196,26 @@ def test_what_slurm_refuses_is_one_line(cluster, room):
     options = replace(options, ask=replace(options.ask, partition="nope"))
     with pytest.raises(backend.LaunchError, match=r"^sbatch: invalid partition specified: nope; "):
         backend.submit(plan(spec, options))
+
+
+def test_variables_of_sbatch_do_not_go_before_what_the_user_typed(cluster, room, monkeypatch):
+    for name, value in {"PARTITION": "nope", "TIMELIMIT": "7", "EXPORT": "NONE", "NO_REQUEUE": "1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    setup = ('echo "the token has ${#OUR_TOKEN} letters"', "exit 2")
+    job = queued(room, "typed", setup=setup, ask=Resources("5:00", "short"), signal_seconds=30)
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(field in shown for field in ("Partition=short", "TimeLimit=00:05:00", "Requeue=1"))
+    assert over(job).exit_code == 2
+    assert "the token has 6 letters" in log(job)
+
+
+def test_an_allocations_gpus_have_a_rank_each(cluster, room):
+    words = [sys.executable, "-m", "launcher", "slurm", written(room, "counted"), "--dry-run"]
+    allocated = ["salloc", "--nodes=1", "--gpus-per-node=1", "--quiet"]
+    shown = subprocess.run([*allocated, *words], cwd=room, capture_output=True, text=True, check=True)
+    assert " --ranks 1 --gpus 1 " in shown.stdout
 
 
 def test_in_an_allocation_it_runs_at_once(undisturbed, cluster, room):

@@ -22,6 +22,7 @@ _OF_A_JOB = (  # owners first
 )
 _NOT_TO_BE_TAKEN = "services,networkpolicies,serviceaccounts"  # a run named `mlflow` would change MLflow's
 _SHOWN = (*_OF_A_JOB[:4], "pods")
+_RUNNING = "--field-selector=status.phase!=Succeeded,status.phase!=Failed"
 
 
 def submit(plan: KubernetesPlan) -> str:
@@ -33,6 +34,11 @@ def submit(plan: KubernetesPlan) -> str:
             "folder stays, and the new one goes on from its checkpoint), or give this one another --name"
         )
     words = [f"--field-selector=metadata.name={plan.name}", "--selector=app.kubernetes.io/name!=prefix-ds"]
+    pods = _kubectl("get", "pods", *_picked(plan.name, plan.namespace), _RUNNING, "--output=name").split()
+    if pods:
+        raise LaunchError(
+            f"{plan.name}: its pods still write their checkpoint: {', '.join(pods)}; wait until they are gone"
+        )
     others = _kubectl("get", _NOT_TO_BE_TAKEN, where, *words, "--output=name").split()
     if others:
         raise LaunchError(f"{others[0]}: is not a job's of ours: give this one another --name")
@@ -72,20 +78,23 @@ def _picked(name: str, namespace: str) -> tuple[str, ...]:
 
 
 def _known(resources: Sequence[str]) -> str:
-    """Those that the cluster has: of the operators' kinds it may know none."""
-    known = set(_kubectl("api-resources", "--output=name").split())
+    """Those that the cluster has: of the operators' kinds it may know none.
+
+    Where some API is down, that of metrics for instance, kubectl prints what the others have, and fails.
+    """
+    known = set(_kubectl("api-resources", "--output=name", may_lack=True).split())
     return ",".join(name for name in resources if name in known)
 
 
-def _kubectl(*words: str, given: str | None = None) -> str:
-    """Its output. Raises LaunchError with the last line of what it complains about."""
+def _kubectl(*words: str, given: str | None = None, may_lack: bool = False) -> str:
+    """Its output; `may_lack`: also if it failed to get all of it. Raises LaunchError with its last line."""
     try:
         done = subprocess.run(
             ["kubectl", *words], input=given, capture_output=True, encoding="utf-8", check=False
         )
     except FileNotFoundError:
         raise _no_kubectl() from None
-    if done.returncode:
+    if done.returncode and not (may_lack and done.stdout):
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise LaunchError(f"kubectl {words[0]}: {lines[-1]}")
     return done.stdout

@@ -17,7 +17,7 @@ _EXPECTED = "lower-case letters, digits and '-', a letter first and no '-' last"
 def job_name(wish: str, suffix: str, *, is_given: bool = False) -> str:
     """The wish with its case and underscores as Kubernetes wants them. Raises LaunchError for all else.
 
-    `suffix` is the longest that is put behind it to name a pod's host.
+    `suffix` is the longest that is put behind it to name a pod.
     """
     name, longest = wish.lower().replace("_", "-"), _LONGEST - len(suffix)
     where = "--name" if is_given else "the run's name (mlflow.name, or run.folder's last part)"
@@ -27,7 +27,7 @@ def job_name(wish: str, suffix: str, *, is_given: bool = False) -> str:
     if len(name) > longest:
         raise LaunchError(
             f"{where}: {wish!r}: {len(name)} characters: Kubernetes expects at most {longest} here, since a "
-            f"pod's host name adds {suffix!r}{remedy}"
+            f"pod's name adds {suffix!r}{remedy}"
         )
     return name
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.kubernetes.names import check_name
+from launcher.secrets import has_login, is_secret
 from prefix_ds.errors import LaunchError
 
 KINDS = ("job", "jobset", "trainjob")
@@ -17,7 +18,6 @@ _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|_KEY)$", re.IGNORECASE)
 _TAINT = re.compile(
     r"(?P<key>[^=:]+)(=(?P<value>[^=:]*))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
 )
@@ -187,6 +187,11 @@ def _mistakes_of_numbers(options: KubernetesOptions) -> Iterator[str]:
         number = getattr(options, name)
         if number is not None and number < smallest:
             yield f"--{name.replace('_', '-')}: {number}: expected at least {smallest}"
+    if options.kind == "trainjob" and options.ttl_seconds is not None:
+        yield (
+            "--ttl-seconds: a TrainJob cannot be deleted by itself, for Kubeflow would train again; "
+            "`prefix-launch cancel` it when it is done"
+        )
 
 
 def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
@@ -205,8 +210,8 @@ def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
 
 def _mistakes_of_variables(options: KubernetesOptions) -> Iterator[str]:
     """A manifest is read by many, and kept."""
-    for name, _ in options.set_env:
+    for name, value in options.set_env:
         if not _VARIABLE.fullmatch(name):
             yield f"--set-env: {name!r}: expected the name of a variable"
-        if _SECRET.search(name):
+        if is_secret(name) or has_login(value):
             yield f"--set-env: {name}: its value belongs into a Secret: --env {name} --env-secret SECRET"

@@ -66,7 +66,7 @@ def _place(spec: JobSpec, options: KubernetesOptions, run_text: str) -> JobPlace
     middle = (
         "-" if is_plain else f"-{CONTAINER}-0-"
     )  # the operators' JobSet puts this between name and number
-    last = f"{middle}{spec.num_nodes - 1}"
+    last = f"{middle}{spec.num_nodes - 1}" + ("" if is_plain else "-abcde")  # with which JobSet validates it
     name = job_name(options.name or spec.name, last, is_given=options.name is not None)
     return JobPlace(
         name,

@@ -6,6 +6,8 @@ TrainJob may carry cannot set one. So the job has a runtime of its own, in its n
 Knows nothing of how a JobSet is made.
 """
 
+from dataclasses import replace
+
 from launcher.kubernetes.job import metadata, suspended
 from launcher.kubernetes.jobset import jobset_spec
 from launcher.kubernetes.options import KubernetesOptions
@@ -23,14 +25,16 @@ def trainjob(spec: JobSpec, options: KubernetesOptions, place: JobPlace) -> list
         "metadata": metadata(place.name, options),
         "spec": {
             "mlPolicy": {"numNodes": spec.num_nodes},
-            "template": {"spec": jobset_spec(spec, options, place)},
+            "template": {"spec": jobset_spec(spec, replace(options, deadline_seconds=None), place)},
         },
     }
+    limit = {} if options.deadline_seconds is None else {"activeDeadlineSeconds": options.deadline_seconds}
     job = {
         "apiVersion": _API,
         "kind": "TrainJob",
         "metadata": metadata(place.name, options, is_queued=True),
         "spec": suspended(options)
+        | limit
         | {
             "runtimeRef": {"kind": "TrainingRuntime", "name": place.name},
             "trainer": {"numNodes": spec.num_nodes},

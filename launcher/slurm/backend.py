@@ -18,6 +18,9 @@ from prefix_ds.errors import LaunchError
 _COMPLAINT = re.compile(r"^\w+: (error|fatal): ", re.MULTILINE)
 _OVER = re.compile(r"BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT")
 _POLL_SECONDS = 1.0
+_DIRECTIVE = re.compile(r'^#SBATCH "?--([a-z-]+)', re.MULTILINE)
+_MEMORY, _REQUEUE = ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"), ("REQUEUE", "NO_REQUEUE")
+_VARIABLES = {"time": ("TIMELIMIT",), "mem": _MEMORY, "requeue": _REQUEUE, "no-requeue": _REQUEUE}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ def in_allocation() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
+def gpus_here() -> int:
+    """Of each node of the allocation that we are in; 0: none, or we are in none. Raises LaunchError.
+
+    Slurm says it to what runs on a node, and of `salloc --gpus-per-node` also where salloc was called.
+    """
+    given = os.environ if in_allocation() else {}
+    found = given.get("SLURM_GPUS_ON_NODE") or given.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
+    for name in ("SLURM_GPUS", "SLURM_GPUS_PER_TASK"):
+        if not found and name in given:
+            raise LaunchError(f"{name}: {given[name]}: how many ranks a node? Say --gpus-per-node")
+    return int(found) if found.isdecimal() else 0
+
+
 def submit(plan: SlurmPlan) -> str:
     """Queues the job; its id. Raises LaunchError."""
     assert not plan.allocated
@@ -62,7 +78,19 @@ def submit(plan: SlurmPlan) -> str:
         plan.logs.mkdir(parents=True, exist_ok=True)  # without it a job dies and leaves no word
     except OSError as error:
         raise LaunchError(f"--logs: {plan.logs}: {error.strerror}") from None
-    return _said(["sbatch", "--parsable"], plan.text()).strip().partition(";")[0]
+    said = _said(["sbatch", "--parsable"], plan.text(), _environment(plan))
+    return said.strip().partition(";")[0]
+
+
+def _environment(plan: SlurmPlan) -> dict[str, str]:
+    """Ours without SBATCH_PARTITION and the like: to sbatch they go before what the script says."""
+    options = _DIRECTIVE.findall(plan.text())
+    names = {
+        f"SBATCH_{name}"
+        for each in options
+        for name in _VARIABLES.get(each, [each.upper().replace("-", "_")])
+    }
+    return {name: value for name, value in os.environ.items() if name not in names}
 
 
 def run_here(plan: SlurmPlan) -> NoReturn:
@@ -156,10 +184,11 @@ def _accounted(job: str) -> JobStatus | None:
     return JobStatus(job, state, nodes=nodes, exit_code=int(code.partition(":")[0]))
 
 
-def _said(words: list[str], text: str = "") -> str:
+def _said(words: list[str], text: str = "", environment: dict[str, str] | None = None) -> str:
     """What one of Slurm's commands answers."""
+    given = os.fsencode(text)
     try:
-        done = subprocess.run(words, input=os.fsencode(text), capture_output=True, check=False)
+        done = subprocess.run(words, input=given, env=environment, capture_output=True, check=False)
     except FileNotFoundError:
         raise LaunchError(
             f"{words[0]}: not found; Slurm jobs start on a machine that has Slurm's commands"

@@ -21,7 +21,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="keys to change: section.key=value", metavar="[KEY=VALUE]...")
 ]
 Nodes = Annotated[int, typer.Option(help="machines")]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node, with a rank for each")]
+Gpus = Annotated[
+    int, typer.Option(min=0, help="GPUs of each node, with a rank for each; 0: the allocation's, or none")
+]
 Ranks = Annotated[
     int | None, typer.Option(help="of each node, where --gpus-per-node does not say it; none: one")
 ]
@@ -78,11 +80,13 @@ def slurm(
     dry_run: DryRun = False,
 ) -> None:
     """Run under Slurm: queued, and again after the time limit; inside an allocation at once."""
+    from launcher.slurm.backend import gpus_here
     from launcher.slurm.options import Resources
     from launcher.slurm.script import plan
     from launcher.spec import job_spec
 
     _refuse_silent_gpus(sbatch or [], ranks_per_node or gpus_per_node)
+    gpus_per_node = gpus_per_node or (gpus_here() if ranks_per_node is None else 0)
     ranks, names = gpus_per_node or ranks_per_node or 1, env or []
     spec = job_spec(
         run_file, overrides or [], num_nodes=nodes, ranks_per_node=ranks, variables=names, port=port

@@ -5,7 +5,8 @@ decided by the exit code:
 
     0                 done
     1, 2              a bug, the user's mistake: the end, for both would come again
-    75, 76, 77        stopped with a checkpoint, a peer lost, a device broken: queued again
+    75, 76, 77        stopped with a checkpoint, a peer lost or the port in use, a device broken: queued
+                      again
     128 + n           killed: queued again
     others            srun or Slurm failed, or a cgroup's memory was full (253): the end
 
