@@ -113,11 +113,12 @@ def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> 
 
     env = os.environ
     size, rank = int(env.get("WORLD_SIZE", "1")), rank_of_environment()
-    local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", size))
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)  # torchrun's; DeepSpeed's
     on_gpu = has_gpu()
     _check_gpus(local_size)
+    torch.set_num_threads(_threads(local_size))  # on GPUs for what is read, quantised and packed
     if not on_gpu:
-        torch.set_num_threads(_threads(local_size))
         set_default_environment(**_FEW_KERNELS)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:

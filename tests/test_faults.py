@@ -102,6 +102,18 @@ def test_gpus_that_torch_cannot_use_are_refused(monkeypatch):
         joined_world().__enter__()
 
 
+def ranks_here_as_deepspeed_says_it():
+    del os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_SIZE"] = "1"
+    with joined_world() as world:
+        return world.local_size
+
+
+def test_deepspeeds_own_launcher_says_how_many_ranks_a_machine_has():
+    """Else those of all machines would be looked for here."""
+    assert on_ranks(2, ranks_here_as_deepspeed_says_it) == [1, 1]
+
+
 def join_with(kinds):
     """As if this rank's device were of that kind."""
     from prefix_ds import dist
