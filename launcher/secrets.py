@@ -6,7 +6,8 @@ Knows nothing of where it is looked for.
 import re
 
 _NAME = re.compile(r"(token|password|passwd|secret|api-?key|[_.-]key)$", re.IGNORECASE)
-_LOGIN = re.compile(r"://[^/?#\s]*@")
+# Of a page anybody may be the user's name: a token. A database's user alone is no secret.
+_LOGIN = re.compile(r"https?://[^/?#\s]*@|://[^/\s@]*:[^\s@]*@", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
@@ -15,5 +16,5 @@ def is_secret(name: str) -> bool:
 
 
 def has_login(value: str) -> bool:
-    """Whether there is an address with a user, a password or a token in it."""
+    """Whether there is an address with a password or a token in it."""
     return bool(_LOGIN.search(value))

@@ -328,6 +328,11 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
     [
         (["mlflow.uri=http://me:pw@host"], {}, "mlflow.uri: has a user, a password or a token in it"),
         (["mlflow.uri=https://dapi0secret@host"], {}, "mlflow.uri: has a user, a password or a token in it"),
+        (
+            ["mlflow.uri=postgresql://bob:hun/ter2@db/x"],
+            {},
+            "mlflow.uri: has a user, a password or a token in",
+        ),
         (["mlflow.tags={api_key: a-secret}"], {}, "mlflow.tags: api_key: looks like a secret"),
         (["mlflow.tags={OurToken: a-secret}"], {}, "mlflow.tags: OurToken: looks like a secret"),
         (["mlflow.tags={source: 'https://me:pw@host/x'}"], {}, "mlflow.tags: source: looks like a secret"),
