@@ -300,9 +300,13 @@ def test_attention_of_another_kind_is_refused(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*NEVER_CALLED, *EXACT, *HYBRID, *INEXACT])
 def test_without_weights_the_same_families_are_refused(family: str) -> None:
+    try:
+        base = skeleton(tiny_config(family), False)
+    except (ImportError, ValueError):
+        pytest.skip("no AutoModelForCausalLM is made of its configuration here; loading says why")
     is_refused = family in NEVER_CALLED
     with pytest.raises(ModelError, match="never call") if is_refused else nullcontext():
-        slots_without_weights(skeleton(tiny_config(family), False), ModelKeys(name="here"))
+        slots_without_weights(base, ModelKeys(name="here"))
 
 
 def named(family: str) -> Any:

@@ -39,6 +39,13 @@ def documents_of(positions_BT: torch.Tensor) -> tuple[Document, ...]:
     return tuple(found)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same on a device, which goes on meanwhile: from memory that may be paged a copy waits for it."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch. **B** rows, **T** text positions, **M** targets."""

@@ -38,7 +38,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from prefix_ds.data.batch import Document
+from prefix_ds.data.batch import Document, sent
 from prefix_ds.model import apart, varlen
 from prefix_ds.model.attending import attending
 from prefix_ds.model.cache import joined_in_place
@@ -146,7 +146,7 @@ def widened(mask: Tensor, length: int, documents: Documents | None, rows: frozen
     """
     shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
     if documents is not None:
-        number_BT = _numbers(documents, mask.shape[0], mask.shape[-1]).to(mask.device)
+        number_BT = sent(_numbers(documents, mask.shape[0], mask.shape[-1]), mask.device)
         mask = mask.masked_fill(number_BT[:, None, :, None] != number_BT[:, None, None, :], hidden)
     if not length:
         return mask

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from prefix_ds.data.batch import Document
+from prefix_ds.data.batch import Document, sent
 from prefix_ds.model.apart import Layout
 from prefix_ds.model.standing import device_type
 
@@ -122,12 +122,12 @@ def _course(
     keys = [torch.cat([before, place + front]) for before, place in zip(fronts, places, strict=True)]
     is_text = torch.cat(keys) >= front
     return _Course(
-        torch.cat(places).to(device, non_blocking=True),
-        torch.cat(keys).to(device, non_blocking=True),
-        (~is_text).nonzero()[:, 0].to(device, non_blocking=True),
-        is_text.nonzero()[:, 0].to(device, non_blocking=True),
-        _borders(places).to(device, non_blocking=True),
-        _borders(keys).to(device, non_blocking=True),
+        sent(torch.cat(places), device),
+        sent(torch.cat(keys), device),
+        sent((~is_text).nonzero()[:, 0], device),
+        sent(is_text.nonzero()[:, 0], device),
+        sent(_borders(places), device),
+        sent(_borders(keys), device),
         max(d.length for d in documents),
     )
 
