@@ -15,7 +15,7 @@ os.environ |= {"HF_DATASETS_CACHE": _CACHE, "HF_HUB_OFFLINE": "1"}  # before a l
 
 
 def pytest_collection_modifyitems(items):
-    """Files with most tests first, as xdist would have them, but for one that waits for nine minutes in a few."""
+    """Files with most tests first, as xdist has them, but for one whose few tests wait for nine minutes."""
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem != "test_hosts", -counts[item.path], item.path))
 
