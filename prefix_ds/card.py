@@ -23,20 +23,19 @@ _SCORE_HEAD = ("of", "split", "records", "score", "value")
 
 @dataclass(frozen=True)
 class Part:
-    """A run whose prefix is exported: its configuration, the facts of its prefix, its evaluations by name.
-
-    `end_of_turn` is the token that ends an answer, None for the tokenizer's own.
-    """
+    """A run whose prefix is exported: its configuration, the facts of its prefix, its evaluations by name."""
 
     config: RunConfig
     facts: PrefixFacts
     length: int
     evaluations: Mapping[str, Verdict]
-    end_of_turn: str | None = None
 
 
-def card(parts: Iterable[Part], note: str = "") -> str:
-    """The text of the card. `note` says what is special about this prefix."""
+def card(parts: Iterable[Part], end_of_turn: str | None = None, note: str = "") -> str:
+    """The text of the card. `note` says what is special about this prefix.
+
+    `end_of_turn` is the token that ends an answer; None: the tokenizer's own.
+    """
     first, *others = parts = list(parts)
     config, facts = first.config, first.facts
     sections = [
@@ -46,7 +45,7 @@ def card(parts: Iterable[Part], note: str = "") -> str:
         f"layer of a frozen base, made with prefix-ds {facts.version}.",
         *([note[0].upper() + note[1:] + "."] if note else []),
         *(_part(part, f" {number}" if others else "") for number, part in enumerate(parts, start=1)),
-        _loading(first),
+        _loading(config, facts, end_of_turn),
         "## Licence\n\nNot stated. The base and the data have licences of their own; state yours here and in "
         "the header (`license:`).",
     ]
@@ -123,13 +122,13 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(part: Part) -> str:
-    config, facts = part.config, part.facts
+def _loading(config: RunConfig, facts: PrefixFacts, end_of_turn: str | None) -> str:
     revision = f", revision={json.dumps(facts.revision)}" if facts.revision else ""
     window = f"\n\nBeware: {lost_behind(facts.window)}." if facts.window else ""
     tokenizer = json.dumps(config.model.tokenizer or facts.base)
-    of_turn = part.end_of_turn
-    end = f"tokenizer.convert_tokens_to_ids({json.dumps(of_turn)})" if of_turn else "tokenizer.eos_token_id"
+    end = "tokenizer.eos_token_id"
+    if end_of_turn:
+        end = f"tokenizer.convert_tokens_to_ids({json.dumps(end_of_turn)})"
     return f'''## How to load it
 
 With PEFT (`pip install peft`), in this folder:

@@ -42,12 +42,13 @@ def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
     if merge and len(runs) < 2:
         raise ConfigError("export --merge: expected RUN RUN... OUT")
     parts, prefixes = zip(*map(_part, runs), strict=True)
+    end = _end_of_turn(parts[0].config)
     if window := prefixes[0].facts.window:
         log.warning("%s", lost_behind(window))
     if len(runs) == 1:
-        export_prefix(prefixes[0], out, card(parts))
+        export_prefix(prefixes[0], out, card(parts, end))
         return
-    export_prefix(merged(prefixes), out, card(parts, MEANING))
+    export_prefix(merged(prefixes), out, card(parts, end, MEANING))
     log.warning("%s", MEANING)
 
 
@@ -74,7 +75,7 @@ def _part(run: Path, overrides: Sequence[str] = ()) -> tuple[Part, SavedPrefix]:
     config = _found_from_anywhere(config)
     prefix = read_prefix(folder.prefix)
     prefix = replace(prefix, facts=replace(prefix.facts, base=_whole(prefix.facts.base)))
-    return Part(config, prefix.facts, prefix.length, present_verdicts(run), _end_of_turn(config)), prefix
+    return Part(config, prefix.facts, prefix.length, present_verdicts(run)), prefix
 
 
 def _end_of_turn(config: RunConfig) -> str | None:

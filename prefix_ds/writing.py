@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from prefix_ds.config import GenerateKeys
-from prefix_ds.data.prompts import Prompt, check_prompts
+from prefix_ds.data.examples import check_id
+from prefix_ds.data.prompts import Prompt
 from prefix_ds.dist import World, gathered, numbers_in_turn
 from prefix_ds.engine.sharding import Sharded
 from prefix_ds.engine.whole import whole
@@ -81,7 +82,7 @@ def write_outputs(
     lengths = [len(prompt.ids) for prompt in prompts]
     more = (0 if writer.table_PD is None else len(writer.table_PD)) + keys.max_new_tokens
     writer.lm.check_length(max(lengths) + more, "generate.max_new_tokens")
-    check_prompts(prompts, writer.lm.vocab_size)
+    check_id(max(max(prompt.ids) for prompt in prompts), writer.lm.vocab_size, "a prompt")
     manner = manner_of(writer.lm, writer.sharded, keys, world, max(lengths) + more)
     batches = batches_of(lengths, more, manner)
     with whole(writer.sharded) if manner.is_whole else nullcontext():

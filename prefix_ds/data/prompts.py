@@ -13,7 +13,6 @@ from typing import Any
 from prefix_ds.config import DataKeys
 from prefix_ds.data.chat import chat_of
 from prefix_ds.data.encode import Asked, Encoder, Policy, encoder_of
-from prefix_ds.data.examples import check_id
 from prefix_ds.data.source import Source, read_records
 from prefix_ds.data.tokenise import asked_of, templates_of
 from prefix_ds.errors import DataError, is_unicode
@@ -67,11 +66,6 @@ def prompt_of_text(text: str, data: DataKeys, tokenizer: Any) -> Prompt:
     chat = chat_of(tokenizer, data)
     asked = text if chat is None else chat.asked(text, "the prompt")
     return _prompt(encoder_of(tokenizer, chat), asked, data.max_length, data.too_long, "the prompt")
-
-
-def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
-    """Raises DataError for a token that the base has not."""
-    check_id(max(max(prompt.ids) for prompt in prompts), vocab_size, "a prompt")
 
 
 def tell_cut(prompts: Sequence[Prompt], max_tokens: int) -> None:

@@ -80,15 +80,17 @@ def sharded_construction(settings: Settings) -> Iterator[None]:
 
 def sharded(base: nn.Module, settings: Settings) -> Sharded:
     """A base whose parameters are shards, ready to run and frozen. Every rank calls this."""
-    base.requires_grad_(False)
-    settings = sized(settings, sizes_of(base))
-    _keep_loops_whole(base)
-    engine, *_ = start_deepspeed().initialize(model=base, config=settings)
-    return Sharded(engine.module, engine, settings)
+    return _initialised(base.requires_grad_(False), settings)
 
 
 def sharded_with_optimizer(base: nn.Module, settings: Settings, optimizer: torch.optim.Optimizer) -> Sharded:
     """A base whose parameters are shards, all of it trained by DeepSpeed. Every rank calls this."""
+    return _initialised(base, settings, optimizer)
+
+
+def _initialised(
+    base: nn.Module, settings: Settings, optimizer: torch.optim.Optimizer | None = None
+) -> Sharded:
     settings = sized(settings, sizes_of(base))
     _keep_loops_whole(base)
     engine, *_ = start_deepspeed().initialize(model=base, config=settings, optimizer=optimizer)
