@@ -1,7 +1,7 @@
 """Runs a function, or the command line, on several ranks, in real processes that talk over gloo.
 
-The processes come from a fork server that has the heavy packages loaded, so a test pays for torch and
-DeepSpeed once.
+The processes come from a fork server that has all a run needs loaded (`tests.preloaded`), so that a test pays
+for torch and DeepSpeed once.
 """
 
 import atexit
@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "deepspeed", "transformers", "datasets", "prefix_ds.train"])
+FORKSERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 def on_ranks(size, work, *arguments, timeout_seconds=240):
