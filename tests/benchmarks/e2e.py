@@ -75,8 +75,8 @@ def main():
 
 def write_corpus(path):
     """Documents of the training files: facts in several notations, none of them E2E's, each with a sentence that
-    says them; sentences that say the same; captions in two languages, always the same one first; dialogue and
-    summary."""
+    says them; sentences that say the same; captions in two languages, always the same one first; dialogues, of
+    which it never reads a summary."""
     chance = random.Random(0)
     rows_of_e2e = rows("e2e/train.jsonl")
     documents = [*told_facts(rows_of_e2e, chance), *said_again(rows_of_e2e, chance)]
@@ -84,7 +84,7 @@ def write_corpus(path):
     for some in in_fours(captions):
         way = chance.choice((1, -1))
         documents.append("\n".join("\n".join(pair[::way]) for pair in some))
-    documents += [f"{row['dialogue']}\nTL;DR: {row['summary']}" for row in rows("dialogsum/train.jsonl")]
+    documents += [row["dialogue"] for row in rows("dialogsum/train.jsonl")]
     chance.shuffle(documents)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 

@@ -75,7 +75,8 @@ TASKS = (
         "bleu", 256, 64,
     ),
     Task(
-        "DialogSum", "summarization", "dialogsum", "A dialogue, and TL;DR: what it is about in a sentence.\\n",
+        "DialogSum", "summarization", "dialogsum",
+        "#Person1#: Is the book here?\\n#Person2#: Yes, take it.\\nTL;DR: #Person1# asks #Person2# for a book.\\n",
         "rougeL", 640, 64, 100, 16, ', references: " {summaries}"',
     ),
     Task(

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.quality import SEEDS, TASKS, best_of, in_twos, of_ours, ours, pretrain, run_file
+from tests.benchmarks.quality import SEEDS, TASKS, best_of, in_twos, of_ours, pretrain, run_file, started
 
 INSTRUCTION = "Write a sentence that says what the data say."
 STANDING = "text, 64 positions, rate 0.1"
@@ -51,7 +51,9 @@ VARIANTS = {
     "no clipping": ["train.lr=0.1", "train.clip_norm=0"],
     "upper half of the layers": ["train.lr=0.1", "prefix.layers=[4,5,6,7]"],
     "lower half of the layers": ["train.lr=0.1", "prefix.layers=[0,1,2,3]"],
+    "the first position frozen": ["train.lr=0.1"],
 }
+PROGRAMS = {"the first position frozen": "tests.benchmarks.frozen_first"}
 
 
 def main():
@@ -62,7 +64,8 @@ def main():
     task = next((task for task in TASKS if task.name in words[1:]), TASKS[0])
     parts = [word for word in words[1:] if word != task.name]
     names = [name for name in VARIANTS if name == STANDING or not parts or any(p in name for p in parts)]
-    asked = [(name, seed) for name in names[: 2 if quick else None] for seed in SEEDS[: 1 if quick else None]]
+    names, seeds = (names[:2], SEEDS[:1]) if quick else (names, SEEDS)
+    asked = [(name, seed) for seed in seeds for name in names]
     run = run_file(task, folder, quick)
     found = dict(zip(asked, in_twos(lambda one: loss_of(run, *one), asked), strict=True))
     show(task, found)
@@ -73,7 +76,8 @@ def loss_of(run, name, seed):
     folder = run.parent / f"study-{run.stem}-{list(VARIANTS).index(name)}-{seed}"
     result = folder.with_suffix(".json")
     if not result.is_file():
-        ours(run, "train", f"run.folder={folder}", f"train.seed={seed}", *VARIANTS[name])
+        words = (f"run.folder={folder}", f"train.seed={seed}", *VARIANTS[name])
+        started(PROGRAMS.get(name, "prefix_ds"), "train", run, *words, threads=1)
         result.write_text(json.dumps(of_ours(folder) | {"variant": name}))
     return best_of(json.loads(result.read_text()))
 
