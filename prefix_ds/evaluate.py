@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from prefix_ds.checkpoint import read_prefix
 from prefix_ds.config import RunConfig
 from prefix_ds.data.examples import Examples, check_ids, load_examples, source_of
 from prefix_ds.data.prompts import Prompt, read_prompts, tell_cut
@@ -28,7 +27,8 @@ from prefix_ds.opening import Opened, model_of, open_trained
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, open_run
 from prefix_ds.scores import names_of, scored
-from prefix_ds.tracking import add_metrics, read_metrics
+from prefix_ds.tracking import add_metrics
+from prefix_ds.verdicts import Mark
 from prefix_ds.writing import write_outputs
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
         together(lambda: _check_reach(opened, examples, config))
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)
-        on_first(world, lambda: _deliver(folder, config, request, prompts, losses, outputs, started))
+        on_first(
+            world, lambda: _deliver(folder, config, request, opened.mark, prompts, losses, outputs, started)
+        )
 
 
 def check_request(config: RunConfig, request: Request) -> None:
@@ -115,6 +117,7 @@ def _deliver(
     folder: RunFolder,
     config: RunConfig,
     request: Request,
+    mark: Mark,
     prompts: Sequence[Prompt],
     losses: RecordLosses,
     outputs: Sequence[str] | None,
@@ -125,6 +128,7 @@ def _deliver(
     found = Evaluation(
         split=request.split,
         front=request.front,
+        mark=mark,
         data=source_of(request.split, config.data),
         prompts=prompts,
         losses=losses,
@@ -137,7 +141,7 @@ def _deliver(
     Console().print(table_of(found))
     add_metrics(
         folder.path,
-        _step(folder, config, request),
+        mark.step or 0,
         found.metrics(),
         uri=_named_uri(folder, config),
         is_mirrored=config.mlflow.uri is not None,
@@ -148,12 +152,3 @@ def _named_uri(folder: RunFolder, config: RunConfig) -> str | None:
     """The server that an override names, maybe with the password that run.yaml has not; None: the run's."""
     _, kept = open_run(folder.path)
     return config.mlflow.uri if config.mlflow.uri != kept.mlflow.uri else None
-
-
-def _step(folder: RunFolder, config: RunConfig, request: Request) -> int:
-    """The optimizer steps behind what was evaluated."""
-    if request.front != "trained":
-        return 0
-    if config.train.method == "prefix":
-        return read_prefix(folder.prefix).facts.step
-    return max((record.step for record in read_metrics(folder.path)), default=0)

@@ -100,15 +100,10 @@ def present_verdicts(run: Path) -> dict[str, Verdict]:
     return {name: told for name, told in found.items() if front_of(name) or not told.mark.is_other_than(now)}
 
 
-def prefix_file(run: Path) -> Path:
-    """Where a run's prefix lies, if it has one."""
-    return run / "prefix" / "prefix.safetensors"
-
-
 def prefix_mark(run: Path) -> Mark | None:
     """The mark of the prefix in a run folder, from its file's header; None where there is none to be read."""
     try:
-        with prefix_file(run).open("rb") as file:
+        with (run / "prefix" / "prefix.safetensors").open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _LONGEST_HEADER)))
         facts = json.loads(header["__metadata__"]["prefix_ds"])

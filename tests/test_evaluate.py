@@ -5,18 +5,19 @@ those of the libraries' command lines on the saved outputs; on any number of ran
 import functools
 import json
 import math
-import os
 import shutil
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from prefix_ds.checkpoint import latest, read_prefix
+from prefix_ds import evaluate as evaluating
+from prefix_ds.checkpoint import latest, read_prefix, write_prefix
 from prefix_ds.config import config_text, parse_config
 from prefix_ds.evaluation import Sample
 from prefix_ds.scores import KNOWN, values_of
+from prefix_ds.verdicts import prefix_mark, present_verdicts, read_verdicts
 from tests.disks import fill_before
 from tests.ranks import command, on_ranks
 from tests.refusals import refusal
@@ -294,14 +295,29 @@ def test_the_numbers_join_those_of_the_run(run, tmp_path):
     assert "evaluate/test.instruction/chrf" in untrained
 
 
-def test_a_prefix_that_was_replaced_meanwhile_leaves_no_mark(run, tmp_path):
+def test_a_prefix_that_is_replaced_meanwhile_is_not_what_was_evaluated(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    later = time.time() + 3600
-    os.utime(copy / "prefix" / "prefix.safetensors", (later, later))
-    (ended,) = command("evaluate", copy, "evaluate.scores=[]")
+    read = prefix_mark(copy)
+    (ended,) = command(
+        "evaluate", copy, "evaluate.scores=[]", before=functools.partial(trained_on_beside, copy)
+    )
     assert ended.code == 0, ended.err
-    summary = json.loads((copy / "evaluate" / "test.json").read_text())
-    assert (summary["step"], summary["sha256"]) == (None, None)
+    verdict = read_verdicts(copy)["test"]
+    assert prefix_mark(copy).step == read.step + 5
+    assert verdict.mark == read
+    assert present_verdicts(copy) == {}
+
+
+def trained_on_beside(run, _rank):
+    """A prefix of five steps more takes the place of the run's once it has been read."""
+    losses_of = evaluating.record_losses
+
+    def late(*arguments):
+        saved = read_prefix(run / "prefix")
+        write_prefix(run / "prefix", saved.slots, replace(saved.facts, step=saved.facts.step + 5))
+        return losses_of(*arguments)
+
+    evaluating.record_losses = late
 
 
 def test_mlflow_has_them_and_may_be_away(run, tmp_path):

@@ -63,6 +63,7 @@ class SavedPrefix:
     path: Path
     slots: dict[str, KeyValue]
     facts: PrefixFacts
+    sha256: str | None = None  # of facts and numbers, as its file has it
 
     @property
     def length(self) -> int:
@@ -120,7 +121,7 @@ def read_prefix(folder: Path) -> SavedPrefix:
     tensors, text = read_tensors_and_text(path)
     try:
         header = json.loads(text)
-        header.pop("sha256")
+        sha256 = header.pop("sha256")
         if header["format"] != FORMAT:
             raise RunError(f"{path}: has format {header['format']}, this version reads {FORMAT}")
         names = [slot["name"] for slot in header["slots"]]
@@ -130,7 +131,7 @@ def read_prefix(folder: Path) -> SavedPrefix:
         raise RunError(f"{path}: not a prefix saved by prefix-ds, or damaged: {error!r}") from None
     if _text(header, slots) != text:
         raise RunError(f"{path}: damaged: it is not what was written (SHA-256 differs)")
-    return SavedPrefix(path, slots, facts)
+    return SavedPrefix(path, slots, facts, sha256)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Knows nothing of models.
 """
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,7 @@ from prefix_ds.errors import printable
 from prefix_ds.evaluation.losses import RecordLosses
 from prefix_ds.files import sync, telling_disk_errors, whole_file
 from prefix_ds.scores import Scored
-from prefix_ds.tracking import (
-    best_by,
-    has_facts,
-    histories_of,
-    read_facts,
-    read_metrics,
-    result_mark,
-    summary,
-)
-from prefix_ds.verdicts import Interval, Mark, Verdict, prefix_file
+from prefix_ds.verdicts import Interval, Mark, Verdict
 
 Front = Literal["trained", "bare", "instruction"]
 
@@ -42,6 +32,7 @@ class Evaluation:
 
     split: str
     front: Front  # what stood in front of the texts
+    mark: Mark  # of what was trained; nothing is known where it was left out
     data: str | list[str]  # as run.yaml has it
     prompts: Sequence[Prompt]
     losses: RecordLosses
@@ -66,12 +57,12 @@ class Evaluation:
             }
         return {f"evaluate/{self.name}/{name}": value for name, value in plain.items()}
 
-    def verdict(self, mark: Mark) -> Verdict:
-        """What `NAME.json` holds; `mark` is that of what was trained."""
+    def verdict(self) -> Verdict:
+        """What `NAME.json` holds."""
         return Verdict(
             split=self.split,
-            step=mark.step,
-            sha256=mark.sha256,
+            step=self.mark.step,
+            sha256=self.mark.sha256,
             data=self.data,
             records=len(self.prompts),
             targets=self.losses.num_targets,
@@ -97,27 +88,16 @@ class Evaluation:
 
 
 def write_evaluation(folder: Path, found: Evaluation) -> None:
-    """Writes both files, or neither, into `folder`, which lies in the run folder. Raises RunError."""
-    mark = _mark(folder.parent, found.seconds) if found.front == "trained" else Mark()
+    """Writes both files, or neither, into `folder`, of the run folder. Raises RunError."""
     with telling_disk_errors(folder):
         folder.mkdir(exist_ok=True)
     lines, verdict = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"
     with whole_file(verdict) as new_verdict, whole_file(lines) as new_lines:  # the lines are there first
         with telling_disk_errors(lines), new_lines.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows())
-        told = json.dumps(found.verdict(mark).model_dump(), indent=1, ensure_ascii=False)
+        told = json.dumps(found.verdict().model_dump(), indent=1, ensure_ascii=False)
         new_verdict.write_text(told + "\n", encoding="utf-8")
         sync(new_verdict)  # a disk that is full says so now, while both old files are there
-
-
-def _mark(run: Path, seconds: float) -> Mark:
-    """The mark of what was evaluated in the last `seconds`; of a result that was replaced meanwhile, by a
-    training that goes on beside, nothing is known."""
-    result = next(filter(Path.exists, (prefix_file(run), run / "model")), None)
-    if result is None or result.stat().st_mtime > time.time() - seconds:
-        return Mark()
-    params = read_facts(run).params if has_facts(run) else {}
-    return result_mark(run, summary(histories_of(read_metrics(run)), None, best_by(params)))
 
 
 def table_of(found: Evaluation) -> Table:
