@@ -22,7 +22,7 @@ import torch
 from prefix_ds import dist
 from prefix_ds.config import DataKeys, TrainKeys
 from prefix_ds.data import packing
-from prefix_ds.data.ahead import Ahead, _thread, pinned
+from prefix_ds.data.ahead import Ahead, _thread
 from prefix_ds.data.batch import Document, Share
 from prefix_ds.data.collate import collate
 from prefix_ds.data.encode import encoder_of
@@ -848,11 +848,10 @@ def test_the_thread_works_with_the_gpu_of_its_rank(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_shares_made_ahead_lie_on_the_gpu_and_come_out_of_pinned_memory(tmp_path, tokenizer):
+def test_shares_made_ahead_lie_on_the_gpu(tmp_path, tokenizer):
     device, data = torch.device("cuda", 0), keys(tmp_path)
     train = TrainKeys(epochs=3)
     stream = Stream(tokenise_split("train", data, tokenizer), limits(data, train), train, world())
-    assert pinned(stream.share(0).micro_batches[0]).ids_BT.is_pinned()
     with Ahead(stream.share, stream.num_steps, device) as ahead:
         for step in range(stream.num_steps):
             here = [batch.to(CPU) for batch in ahead.share(step).micro_batches]

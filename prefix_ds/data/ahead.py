@@ -22,7 +22,7 @@ from typing import Self
 
 import torch
 
-from prefix_ds.data.batch import Batch, Share
+from prefix_ds.data.batch import Share
 
 _AHEAD = 3  # shares
 _PAUSE_SECONDS = 0.02
@@ -94,13 +94,8 @@ class _Copies:
 
     def __call__(self, share: Share) -> Share:
         with torch.cuda.stream(self._stream):
-            there = tuple(pinned(batch).to(self._device) for batch in share.micro_batches)
+            there = tuple(batch.to(self._device) for batch in share.micro_batches)
         self._stream.synchronize()
         for tensor in (t for batch in there for t in batch.tensors().values()):
             tensor.record_stream(self._user)  # or the next copy takes its memory before it is read
         return replace(share, micro_batches=there)
-
-
-def pinned(batch: Batch) -> Batch:
-    """The batch in memory that a GPU can read while the host goes on."""
-    return batch.with_each(torch.Tensor.pin_memory)

@@ -9,7 +9,6 @@ Knows nothing of models, files or ranks.
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,12 +58,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return self.with_each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """The batch with each of its tensors changed."""
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
+        there: dict[str, Any] = {name: sent(tensor, device) for name, tensor in self.tensors().items()}
+        return replace(self, **there)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by name."""
