@@ -84,6 +84,7 @@ def make_checkpoint(folder, num_layers, width, inner):
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
+    torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     words.save_pretrained(folder)
     square, wide, norm = (width, width), (inner, width), (width,)
