@@ -100,8 +100,11 @@ def telling_disk_errors(path: Path | str) -> Iterator[None]:
         raise
 
 
-def hold_alone(path: Path) -> bool:
-    """Takes a lock on a file until this process ends, however it ends; False if another process has it."""
+def hold_alone(path: Path) -> bool | None:
+    """Takes a lock on a file until this process ends, however it ends.
+
+    False if another process has it; None on a disk without locks, where nobody knows.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT)  # never closed: the lock lives as long as it is open
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,6 +114,8 @@ def hold_alone(path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        os.close(handle)
+        return None
     os.register_at_fork(after_in_child=lambda: os.close(handle))  # a child that outlives us would hold it
     return True
 

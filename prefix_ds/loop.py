@@ -6,6 +6,7 @@ batch of a step from its number alone, so going on from a checkpoint is starting
 Knows nothing of what is in tensors, of ranks or of disks.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -158,10 +159,15 @@ def _validated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:
     loss = run.engine.validate(_until_asked(run.validation, run.stop))
     run.tracker.metrics(progress.step, {"valid/loss": loss})
     progress = replace(progress, valid_loss=loss)
-    if keys.best_by == "loss" and (progress.best_loss is None or loss < progress.best_loss):
+    if keys.best_by == "loss" and _is_lower(loss, progress.best_loss):
         progress = replace(progress, best_loss=loss, best_step=progress.step)
         run.memory.save_result(run.engine, progress)
     return progress
+
+
+def _is_lower(loss: float, best: float | None) -> bool:
+    """Than the best so far; anything is better than what is no number."""
+    return best is None or math.isnan(best) or loss < best
 
 
 def _evaluated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:

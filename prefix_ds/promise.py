@@ -3,8 +3,9 @@
 A checkpoint is seldom what a model wants: experts must be stacked, projections joined, names changed.
 transformers knows all that, as code over tensors. A `Promise` is a tensor on the meta device that goes
 through this code and remembers what was done to it. Its numbers are then read piece by piece: moving
-operations (stack, cat, chunk, narrow, transpose, a change of type) are followed back to the pieces they came
-from; any other operation is done for real, on whole tensors, when a piece of its result is asked for.
+operations (stack, cat, chunk, the transpose of a matrix, a change of type) are followed back to the pieces
+they came from; any other operation is done for real, on whole tensors, when a piece of its result is asked
+for.
 
 Ranges are flat: `read(start, stop)` gives elements [start, stop) of the tensor laid out in rows.
 

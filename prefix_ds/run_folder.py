@@ -86,7 +86,7 @@ def claim(config: RunConfig) -> RunFolder:
         )
     with telling_disk_errors(f"run.folder: {folder.path}"):
         folder.path.mkdir(parents=True, exist_ok=True)
-        if not hold_alone(folder.path / _LOCK):
+        if hold_alone(folder.path / _LOCK) is False:
             raise RunError(f"run.folder: {folder.path}: another process is training in it")
     if not folder.has_begun:
         remove(folder.tokenizer)  # of a start that failed, maybe on other data

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from prefix_ds.config import ModelKeys, RunConfig
+from prefix_ds.errors import ModelError
 from prefix_ds.initial import chosen_slots, text_tokens
-from prefix_ds.loading import check_new, vetted_config
+from prefix_ds.loading import check_new, one_line, vetted_config
 from prefix_ds.model.attention import Joint
 from prefix_ds.model.base import no_attention_to_join, switch_attention
 from prefix_ds.model.families import check_family
@@ -40,6 +41,8 @@ def check_base(config: RunConfig) -> Any:
             check_family(str(part.model_type))
     try:
         base = skeleton(base_config, config.model.trust_remote_code)
+    except ImportError as error:
+        raise ModelError(f"model.name: {config.model.name}: {one_line(error)}") from error
     except Exception:  # loading it says why
         return None
     if config.train.method == "prefix" and (slots := slots_without_weights(base, config.model)) is not None:

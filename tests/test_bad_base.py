@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefix_ds.errors import EXIT_USER
+from prefix_ds.errors import EXIT_USER, ModelError
+from prefix_ds.loading.complaints import library_errors
 from tests.ranks import command
 from tests.refusals import refusal
 from tests.tiny_models import tiny_config
@@ -51,6 +53,38 @@ def test_a_folder_that_is_no_base(refused, base, tmp_path):
     assert "config.json' is not a valid JSON file" in refused(base)
     (base / "config.json").unlink()
     assert refused(base) == f"model.name: {base}: the folder has no config.json"
+
+
+def test_a_tokenizer_of_a_kind_that_is_not_known_here(refused, base):
+    """What `tokenizers` raises of it is a bare Exception."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "of tomorrow"}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert f"model.name: {base}: has no tokenizer that can be loaded" in refused(base)
+
+
+def test_remote_code_that_wants_a_package_which_is_missing(refused, base):
+    """Told before the data are read."""
+    config = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (base / "own.py").write_text(
+        "from transformers import LlamaConfig\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own:\n    def __init__(self, config):\n        import not_here\n"
+    )
+    line = refused(base, "model.trust_remote_code=true")
+    assert "not_here" in line
+    assert line.startswith(f"model.name: {base}: ")
+
+
+def test_a_connection_that_breaks_while_weights_are_fetched():
+    """Its error is no OSError."""
+    with (
+        pytest.raises(ModelError, match=r"model\.name: someone/base: connection reset"),
+        library_errors("model.name: someone/base"),
+    ):
+        raise httpx2.ReadError("connection reset")
 
 
 def test_pickled_weights_are_not_loaded(refused, base):

@@ -1,6 +1,7 @@
 """Run folders, disks and prefixes that cannot be used: one line, and nothing that was good is lost."""
 
 import functools
+import math
 import shutil
 from pathlib import Path
 
@@ -238,3 +239,18 @@ def test_a_damaged_prefix(run):
     )
     Path(file).unlink()
     assert refusal("generate", run, "--prompt", "x").startswith(f"{file}: no such file")
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(place, tmp_path):
+    words = [f"run.folder={tmp_path}/run", "run.valid_every=1", "train.max_steps=2"]
+    (ended,) = command("train", place / "run.yaml", *words, before=first_validation_fails)
+    assert ended.code == 0, ended.err
+    assert read_prefix(tmp_path / "run" / "prefix").facts.step > 0
+
+
+def first_validation_fails(_rank):
+    """As of a base that overflows on the text it starts from."""
+    from prefix_ds.engine.prefix_engine import PrefixEngine
+
+    validate, losses = PrefixEngine.validate, iter([math.nan])
+    PrefixEngine.validate = lambda *arguments: next(losses, None) or validate(*arguments)

@@ -4,6 +4,7 @@ In the runs here every parameter is sharded, however small, so that there is som
 CPUs: what is moved where on a GPU is not seen.
 """
 
+import errno
 import importlib.resources
 import json
 import os
@@ -16,13 +17,15 @@ import torch
 import transformers
 
 from prefix_ds.config import config_text, parse_config
-from prefix_ds.engine.disk import check_space, with_own_folder
+from prefix_ds.dist import joined_world
+from prefix_ds.engine.disk import _own_folder, check_space, with_own_folder
+from prefix_ds.engine.pinned import PinnedBlocks
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
 from prefix_ds.engine.sizing import Sizes, sized, sizes_of
 from prefix_ds.engine.vetting import vet
 from prefix_ds.errors import ConfigError
 from prefix_ds.model.skeleton import skeleton
-from tests.ranks import command
+from tests.ranks import command, on_ranks
 from tests.test_laws import bytes_of, changed, outcome
 from tests.workshop import base_folder, run_config
 
@@ -232,5 +235,37 @@ def test_a_disk_that_cannot_be_used(tmp_path, monkeypatch):
     assert told(tmp_path / "gone") == f"engine.nvme_folder: {tmp_path}/gone: No such file or directory"
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
     assert "needs libaio" in told(tmp_path)
-    with pytest.raises(ConfigError, match=r"GiB free; this rank's shards take 1,048,576.0 GiB"):
-        check_space(tmp_path, 2**50)
+    for error in on_ranks(2, too_much_for, tmp_path):
+        assert "GiB free; the shards of this host's ranks take " in error
+
+
+def too_much_for(folder):
+    """Two ranks that want three quarters of what is free, each."""
+    with joined_world(), pytest.raises(ConfigError) as error:
+        check_space(folder, shutil.disk_usage(folder).free // 4 * 3)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_shards_of_a_job_that_runs_stay(tmp_path, monkeypatch, has_locks):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if not has_locks:
+        monkeypatch.setattr("fcntl.flock", no_locks)
+    running = _own_folder(tmp_path)
+    os.utime(running, (0, 0))
+    assert _own_folder(tmp_path) != running
+    assert running.is_dir()
+
+
+def test_pieces_of_pinned_memory_lie_side_by_side():
+    sizes = [(300, torch.int8), (7, torch.float32), (2**20, torch.bfloat16), (1000, torch.int8)] * 3
+    total = sum(size * dtype.itemsize for size, dtype in sizes)
+    blocks = PinnedBlocks(total, pin=False)
+    pieces = [blocks.empty(*size) for size in sizes]
+    for number, piece in enumerate(pieces):
+        assert (len(piece), piece.dtype) == sizes[number]
+        assert piece.data_ptr() % 64 == 0
+        piece.fill_(number)
+    assert all((piece == number).all() for number, piece in enumerate(pieces))

@@ -12,11 +12,13 @@ import atexit
 import contextlib
 import logging
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from prefix_ds.dist import gathered, together
 from prefix_ds.engine.settings import Settings
 from prefix_ds.errors import ConfigError
 from prefix_ds.files import hold_alone, remove
@@ -39,12 +41,21 @@ def with_own_folder(settings: Settings) -> Settings:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Raises ConfigError if a disk has no room for what this rank will keep there."""
+    """Raises ConfigError if the disk of `folder` has no room for what the ranks of this host will keep there.
+
+    Every rank calls this, with the bytes of its own.
+    """
+    here = (socket.gethostname(), folder.stat().st_dev)
+    needed = sum(count for place, count in gathered((here, num_bytes)) if place == here)
+    together(lambda: _check_free(folder, needed))
+
+
+def _check_free(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < num_bytes:
+    if free < needed:
         raise ConfigError(
-            f"engine.nvme_folder: {folder.parent}: {free / 2**30:,.1f} GiB free; this rank's shards take "
-            f"{num_bytes / 2**30:,.1f} GiB"
+            f"engine.nvme_folder: {folder.parent}: {free / 2**30:,.1f} GiB free; the shards of this host's "
+            f"ranks take {needed / 2**30:,.1f} GiB"
         )
 
 

@@ -11,7 +11,7 @@ Knows nothing of files.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prefix_ds.dist import together
 from prefix_ds.engine.disk import check_space, with_own_folder
+from prefix_ds.engine.pinned import PinnedBlocks
 from prefix_ds.engine.settings import Settings
 from prefix_ds.engine.sharding import start_deepspeed
 from prefix_ds.errors import ConfigError
@@ -46,10 +47,11 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
     holders = _holders(base)
     total = sum(_shard_bytes(p, init) for p in holders)
     if init.param_swapper is not None:
-        together(lambda: _check_disk(holders, init, total))
+        together(lambda: _check_buffers(holders, init))
+        check_space(Path(init.param_swapper.swap_folder), total)
     takes_a_while = total > _QUICK_BYTES
     with progress_bar("loading, MiB", total >> 20, is_visible=takes_a_while and init.rank == 0) as bar:
-        _fill(holders, init, bar)
+        _fill(holders, init, _room(init, total), bar)
     _place_buffers(base, init.local_device)
     if takes_a_while:
         seconds = time.perf_counter() - began
@@ -64,8 +66,19 @@ def _place_buffers(base: nn.Module, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device)
 
 
-def _check_disk(holders: "Holders", init: Any, total: int) -> None:
-    check_space(Path(init.param_swapper.swap_folder), total)
+Room = Callable[[int, torch.dtype], Tensor]  # an empty shard of so many numbers
+
+
+def _room(init: Any, total: int) -> Room:
+    """Where shards lie that are not on a disk, `total` bytes at most."""
+    if init.remote_device == init.local_device:
+        return lambda size, dtype: torch.empty(size, dtype=dtype, device=init.local_device)
+    if init.pin_memory and torch.cuda.is_available():
+        return PinnedBlocks(total).empty
+    return lambda size, dtype: torch.empty(size, dtype=dtype)
+
+
+def _check_buffers(holders: "Holders", init: Any) -> None:
     size, most = init.param_swapper.elements_per_buffer, max(_shard_numbers(p, init) for p in holders)
     if most > size:
         raise ConfigError(
@@ -87,11 +100,11 @@ def _holders(base: nn.Module) -> Holders:
     return holders
 
 
-def _fill(holders: Holders, init: Any, bar: Progress) -> None:
+def _fill(holders: Holders, init: Any, room: Room, bar: Progress) -> None:
     """Exchanges and fills all parameters. Every rank calls this."""
     done = 0
     for group in _groups(holders, init):
-        done = together(partial(_fill_group, group, holders, init, bar, done))
+        done = together(partial(_fill_group, group, holders, init, room, bar, done))
 
 
 def _groups(holders: Holders, init: Any) -> Iterator[list[Tensor]]:
@@ -113,10 +126,12 @@ def _shard_numbers(parameter: Tensor, init: Any) -> int:
     return -(-parameter.numel() // int(init.dp_world_size))
 
 
-def _fill_group(group: list[Tensor], holders: Holders, init: Any, bar: Progress, done: int) -> int:
+def _fill_group(
+    group: list[Tensor], holders: Holders, init: Any, room: Room, bar: Progress, done: int
+) -> int:
     """Exchanges and fills one parameter after the other; the bytes that are done now."""
     for promised in group:
-        parameter = _sharded(promised, init)
+        parameter = _sharded(promised, init, room)
         for module, name in holders[promised]:
             module._parameters[name] = parameter
         for count in _read_shard(promised, parameter, init):
@@ -125,13 +140,13 @@ def _fill_group(group: list[Tensor], holders: Holders, init: Any, bar: Progress,
     return done
 
 
-def _sharded(promised: Tensor, init: Any) -> Any:
+def _sharded(promised: Tensor, init: Any, room: Room) -> Any:
     """A parameter whose shard is there, but not its numbers."""
     shape_only = torch.empty(1, dtype=promised.dtype, device=init.local_device).expand(promised.shape)
     parameter: Any = nn.Parameter(shape_only, requires_grad=promised.requires_grad)
     init._convert_to_deepspeed_param(parameter)
     size = init._aligned_size(parameter) // init.dp_world_size
-    parameter.ds_tensor = _empty_shard(parameter, size, init)
+    parameter.ds_tensor = _empty_shard(parameter, size, init, room)
     parameter.ds_tensor.ds_numel = size
     parameter.ds_numel_aligned = size * init.dp_world_size
     parameter.data = torch.empty(0, dtype=promised.dtype, device=init.local_device)
@@ -139,7 +154,7 @@ def _sharded(promised: Tensor, init: Any) -> Any:
     return parameter
 
 
-def _empty_shard(parameter: Any, size: int, init: Any) -> Any:
+def _empty_shard(parameter: Any, size: int, init: Any, room: Room) -> Any:
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
@@ -152,11 +167,7 @@ def _empty_shard(parameter: Any, size: int, init: Any) -> Any:
         shard: Any = torch.empty(0, dtype=parameter.dtype, device=buffer.device)
         shard.data = buffer.data
     else:
-        is_here = parameter.ds_persist or init.remote_device == init.local_device
-        device = init.local_device if is_here else torch.device("cpu")
-        shard = torch.empty(size, dtype=parameter.dtype, device=device)
-        if not is_here and init.pin_memory and torch.cuda.is_available():
-            shard = shard.pin_memory()
+        shard = room(size, parameter.dtype)
     shard.status = PartitionedParamStatus.AVAILABLE
     shard.final_location = OffloadDeviceEnum.nvme if on_disk else None
     return shard

@@ -9,10 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
-from prefix_ds.errors import ConfigError, ModelError
+from prefix_ds.errors import ConfigError, ModelError, PrefixError
 
+# All else that the libraries raise (files, formats, connections, missing packages) is about what is loaded.
+_ABOUT_OTHER_THINGS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    MemoryError,
+    NameError,
+    RuntimeError,
+    TypeError,
+)
 _LONGEST_REASON = 300  # characters; some libraries list all they know
 
 
@@ -36,7 +45,9 @@ def library_errors(where: str) -> Iterator[None]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
+    except (PrefixError, *_ABOUT_OTHER_THINGS):
+        raise
+    except Exception as error:
         raise ModelError(f"{where}: {one_line(error)}") from error
 
 

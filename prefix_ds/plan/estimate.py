@@ -173,12 +173,12 @@ def _resident(seen: Rehearsal, policy: Policy, num_ranks: int, offload: bool) ->
     here = there = 0
     for weights in seen.course.weights:
         shard = _shard_bytes(weights, num_ranks)
-        if policy.persists(weights):
-            here += shard + (weights.num_bytes if num_ranks > 1 else 0)
-        elif offload:
+        if offload:
             there += shard
         else:
             here += shard
+        if policy.persists(weights) and num_ranks > 1:
+            here += weights.num_bytes
     return here + seen.buffer_bytes, there
 
 
