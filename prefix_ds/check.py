@@ -138,11 +138,11 @@ def _example(examples: Examples, index: int, tokenizer: Any) -> Text:
 
 
 def _in_characters(split: str, records: Records, prompt: Template, target: Template) -> list[Text]:
-    pairs = list(_texts(records, prompt, target))
-    marks = length_marks(np.array([len(read) + len(learnt) for _, read, learnt in pairs]))
-    view = [Text(f"{split}: {len(pairs):,} examples; {lengths_text(marks)} characters", style="bold")]
+    lengths = np.array([len(read) + len(learnt) for _, read, learnt in _texts(records, prompt, target)])
+    marks = lengths_text(length_marks(lengths))
+    view = [Text(f"{split}: {len(lengths):,} examples; {marks} characters", style="bold")]
     if split == "train":
-        first = itertools.islice(pairs, _SHOWN_EXAMPLES)
+        first = itertools.islice(_texts(records, prompt, target), _SHOWN_EXAMPLES)
         view += [_shown(place, _shortened(read), _shortened(learnt)) for place, read, learnt in first]
     return view
 

@@ -13,6 +13,7 @@ from typing import Any
 from prefix_ds.checkpoint import (
     Checkpoint,
     begin,
+    discard,
     latest,
     pending_folder,
     prune,
@@ -77,10 +78,14 @@ class RunMemory:
 
     def _save_by_all(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
         run = self.folder.path
-        on_first(self.world, lambda: begin(run, step))
-        digest = together(lambda: write_tensors(pending_folder(run, step) / self._file(), engine.tensors()))
-        digests = gathered(digest)
-        on_first(self.world, lambda: seal(run, step, digests, state))
+        file = pending_folder(run, step) / self._file()
+        try:
+            on_first(self.world, lambda: begin(run, step))
+            digests = gathered(together(lambda: write_tensors(file, engine.tensors())))
+            on_first(self.world, lambda: seal(run, step, digests, state))
+        except RunError:  # on all ranks alike
+            on_first(self.world, lambda: discard(run, step))
+            raise
 
     def _refuse_other_world(self, found: Checkpoint) -> None:
         ranks = found.state["ranks"]

@@ -97,7 +97,14 @@ def claim(config: RunConfig) -> RunFolder:
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Keeps the resolved configuration, without its secrets, in an existing folder. Raises RunError."""
-    write_text_atomically(folder.config_file, config_text(_without_secrets(config)))
+    write_text_atomically(folder.config_file, config_text(publishable(config)))
+
+
+def publishable(config: RunConfig) -> RunConfig:
+    """What may stand in a file: no password of mlflow.uri, no token in mlflow.tags. Both keys are free."""
+    uri, tags = config.mlflow.uri, config.mlflow.tags
+    clean = {"uri": uri and masked(uri, uri), "tags": without_secrets(tags)}
+    return config.model_copy(update={"mlflow": config.mlflow.model_copy(update=clean)})
 
 
 def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, RunConfig]:
@@ -115,10 +122,3 @@ def _refuse_another(folder: RunFolder, config: RunConfig) -> None:
             f"run.folder: {folder.path}: belongs to another run: {'; '.join(differing)}. "
             "Choose another run.folder, remove this one, or go back to its values"
         )
-
-
-def _without_secrets(config: RunConfig) -> RunConfig:
-    """What may stand in a file: no password of mlflow.uri, no token in mlflow.tags. Both keys are free."""
-    uri, tags = config.mlflow.uri, config.mlflow.tags
-    clean = {"uri": uri and masked(uri, uri), "tags": without_secrets(tags)}
-    return config.model_copy(update={"mlflow": config.mlflow.model_copy(update=clean)})

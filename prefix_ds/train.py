@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import Settings, deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction, sharded_with_optimizer
 from prefix_ds.engine.vetting import vet
-from prefix_ds.evaluation import Sample
+from prefix_ds.evaluation import Sample, sampled
 from prefix_ds.files import whole_folder, write_text_atomically
 from prefix_ds.initial import initial_prefix
 from prefix_ds.loading import load_base, load_tokenizer, new_base
@@ -56,7 +57,7 @@ from prefix_ds.plan.fitting import fitted
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_writer
 from prefix_ds.rows import limits_for
-from prefix_ds.run_folder import RunFolder, claim
+from prefix_ds.run_folder import RunFolder, claim, publishable
 from prefix_ds.speed import Cost, Gauge, Products, cost_of, medians, peak_flops
 from prefix_ds.stop import StopRequest
 from prefix_ds.suitability import check_base, check_lengths
@@ -224,7 +225,10 @@ def _sample(config: RunConfig, trained: Trained, tokenizer: Any, world: World) -
 
     def read() -> list[Prompt]:
         source = source_of("valid", data)
-        return read_prompts(source, "data.valid", data, tokenizer, data.max_length, references=True)
+        some = partial(sampled, config)
+        return read_prompts(
+            source, "data.valid", data, tokenizer, data.max_length, references=True, choose=some
+        )
 
     return Sample(first_here_first(world, read), config, _writer(trained, tokenizer), world)
 
@@ -244,11 +248,12 @@ def _writer(trained: Trained, tokenizer: Any) -> Callable[[], Opened]:
 
 def _facts(config: RunConfig, folder: RunFolder, examples: Iterable[Examples]) -> Facts:
     """What MLflow is told about the run, apart from its numbers."""
+    shown, uri = publishable(config), config.mlflow.uri
     return Facts(
         experiment=config.mlflow.experiment,
         name=config.mlflow.name or folder.path.name,
-        params=flattened(config.model_dump(mode="json")),
-        tags=process_tags(sys.argv) | {"prefix_ds.method": config.train.method} | config.mlflow.tags,
+        params=flattened(shown.model_dump(mode="json")),
+        tags=process_tags(sys.argv, uri) | {"prefix_ds.method": config.train.method} | shown.mlflow.tags,
         datasets=tuple(_dataset_facts(e) for e in examples),
     )
 

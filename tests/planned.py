@@ -180,7 +180,7 @@ def share_of(case, vocab_size=16000):
     positions_BT = torch.arange(case.length).expand(case.rows, -1)
     index_M = torch.arange(ids_BT.numel())
     batch = whole_batch(ids_BT, positions_BT, index_M, ids_BT.flatten().roll(-1))
-    return Share((batch,), len(index_M) * case.ranks, ids_BT.numel() * case.ranks, case.rows)
+    return Share((batch,), len(index_M) * case.ranks, ids_BT.numel() * case.ranks)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ def refused(place):
         ("trian.lr=3", "'trian.lr=3': unknown key trian; did you mean train?"),
         ("prefix.text=\udcff", "'prefix.text=\\udcff': not UTF-8"),
         ("lr=3", "'lr=3': expected section.key=value"),
+        ("mflow.uri=http://u:secret@h/", "'mflow.uri=...': unknown key mflow; did you mean mlflow?"),
+        ("mlflow.tags={day: 2024-02-30}", "mlflow.tags: Input should be a valid dictionary"),
         ("train.lr=fast", "'train.lr=fast': train.lr: 'fast': Input should be a valid number"),
         ("train.lr=-1", "'train.lr=-1': train.lr: -1: Input should be greater than or equal to 0"),
         ("model.recompute=0", "model.recompute: 0: expected true, false, a number of layers, or auto"),
@@ -84,6 +86,10 @@ def test_a_wrong_key_names_file_and_line(place, tmp_path):
     assert refusal("train", path).startswith(f"{path}:{number}: unknown key train.max_stps; did you mean")
     path.write_text("model: {name: x\n")
     assert refusal("train", path).startswith(f"{path}:2: not YAML: ")
+    path.write_text("run: {folder: 2024-31-12}\n")
+    assert refusal("train", path) == f"{path}: not YAML: month must be in 1..12"
+    path.write_text("data: &a {chat_options: *a}\n")
+    assert refusal("train", path).startswith(f"{path}: not YAML: maximum recursion depth exceeded")
     assert refusal("train", tmp_path / "gone.yaml").startswith(f"{tmp_path}/gone.yaml: cannot be read")
 
 

@@ -6,6 +6,7 @@ any moment costs at most its own checkpoint. (`test_disk.py`: disks that refuse.
 
 import itertools
 import logging
+import os
 import random
 import shutil
 from functools import partial
@@ -280,6 +281,23 @@ def test_one_that_cannot_be_read_is_not_taken_for_damaged(run: Path) -> None:
     newest.unlink()
     newest.mkdir()
     with pytest.raises(RunError, match=rf"^{newest.parent}: cannot be read: Is a directory$"):
+        latest(run)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would begin anew, over its own metrics."""
+    listed = os.scandir, os.listdir
+
+    def refused(path: object = ".", *, how: int = 0) -> object:
+        if Path(str(path)).name == "checkpoints":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed[how](path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    monkeypatch.setattr(os, "listdir", partial(refused, how=1))
+    with pytest.raises(RunError, match=r"checkpoints: cannot be read: Permission denied$"):
         latest(run)
 
 

@@ -64,3 +64,7 @@ def test_what_torch_and_numpy_would_break_at(word, said):
 def test_a_conversation_is_in_a_field_that_has_a_name():
     with pytest.raises(ConfigError, match=r":3: data\.messages: '': String should have at least 1 character"):
         parse_config(f"{RUN}\ndata: {{messages: ''}}")
+
+
+def test_a_section_of_which_every_key_is_a_comment_is_one_of_defaults():
+    assert parse_config(f"{RUN}\nevaluate:\n  # every: 10\n") == parse_config(RUN)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from prefix_ds import evaluate as evaluating
 from prefix_ds.checkpoint import latest, read_prefix, write_prefix
 from prefix_ds.config import config_text, parse_config
-from prefix_ds.evaluation import Sample
+from prefix_ds.evaluation import Sample, sampled
 from prefix_ds.scores import KNOWN, values_of
 from prefix_ds.verdicts import prefix_mark, present_verdicts, read_verdicts
 from tests.disks import fill_before
@@ -452,13 +452,18 @@ def test_the_sample_is_drawn_by_the_seed():
     def drawn(*words):
         text = "{model: {name: b}, prefix: {text: x}, data: {valid: v}, evaluate: {every: 1, sample: 5}}"
         config = parse_config(text, ["evaluate.scores=[f1]", *words])
-        return Sample(range(100), config, lambda: None, None)
+        return sampled(config, 100)
 
-    assert drawn().prompts == drawn().prompts
-    assert len(set(drawn().prompts)) == 5
-    assert drawn().prompts != drawn("train.seed=1").prompts
-    assert drawn("evaluate.sample=1000").prompts != list(range(100))
-    assert drawn("evaluate.best_by=chrf").names == ("f1", "chrf")
+    assert drawn() == drawn()
+    assert len(set(drawn())) == 5
+    assert drawn() != drawn("train.seed=1")
+    assert drawn("evaluate.sample=1000") != list(range(100)) == sorted(drawn("evaluate.sample=1000"))
+
+
+def test_the_best_by_a_score_needs_that_score():
+    text = "{model: {name: b}, prefix: {text: x}, data: {valid: v}, evaluate: {every: 1, scores: [f1]}}"
+    config = parse_config(text, ["evaluate.best_by=chrf"])
+    assert Sample([], config, lambda: None, None).names == ("f1", "chrf")
 
 
 def test_a_score_of_nothing_is_a_score():

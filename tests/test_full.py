@@ -1,6 +1,7 @@
 """Training all weights, or a base from scratch: the same engine and laws, an ordinary folder at the end."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,28 @@ def test_full_fine_tuning_goes_on_as_if_never_stopped(tmp_path, dtype):
         result_of(stopped).named_parameters(), result_of(config).named_parameters(), strict=True
     ):
         assert torch.equal(one, two), name
+
+
+def test_a_checkpoint_that_a_rank_cannot_write_leaves_nothing_behind(tmp_path):
+    config = full_config(tmp_path)
+    with pytest.raises(RunError, match="no room"):
+        on_ranks(2, train_on_a_full_disk, config)
+    assert not list((Path(config.run.folder) / "checkpoints").iterdir())
+
+
+def train_on_a_full_disk(config):
+    """Of the second rank."""
+    from prefix_ds import memory
+
+    write = memory.write_tensors
+
+    def full(path, tensors):
+        if path.name.startswith("rank-0001"):
+            raise RunError(f"{path}: no room")
+        return write(path, tensors)
+
+    memory.write_tensors = full
+    train_here(config)
 
 
 def test_a_checkpoint_in_other_groups_of_weights_is_refused(tmp_path):

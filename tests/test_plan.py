@@ -399,6 +399,13 @@ def test_devices_without_work_are_told(run_file, capsys):
     )
 
 
+def test_a_base_on_disks_is_planned_and_given_no_advice_that_would_be_refused(run_file, capsys):
+    on_disks = ["engine.deepspeed=zero3_nvme", "engine.nvme_folder=/x"]
+    text = " ".join(told(capsys, "plan", run_file, *on_disks, "--nodes", 2).split())
+    assert "how fast the disks are is not in this plan" in text
+    assert "model.bits=8" not in text
+
+
 def test_a_device_of_ones_own(run_file, capsys):
     words = ["--memory-gib", 30, "--tflops", 100, "--link-gbps", 100]
     assert "DOES NOT FIT in 30" in told(capsys, "plan", run_file, *words)

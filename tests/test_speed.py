@@ -112,7 +112,7 @@ def test_nothing_is_carried_back_below_the_first_prefix():
 
 
 def test_tokens_attend_to_what_stands_before_them_in_their_document():
-    share = Share((), global_targets=3, global_tokens=10, num_examples=2, global_squares=4**2 + 6**2)
+    share = Share((), global_targets=3, global_tokens=10, global_squares=4**2 + 6**2)
     pairs = sum(1 for length in (4, 6) for query in range(length) for key in range(query + 1))
     assert Cost(100, 1000, 1).of(share) == 10 * 100 + 3 * 1000 + pairs
 
@@ -132,6 +132,7 @@ def test_tokens_attend_to_what_stands_before_them_in_their_document():
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
@@ -172,7 +173,7 @@ def test_where_the_host_does_not_wait_nothing_is_told():
     with waiting(torch.device("meta")) as waited:
         pass
     values = Gauge(Cost(2, 0, 0), 100.0, torch.device("cpu")).of_step(
-        Share((), 0, 10, 1), seconds=2.0, for_data=0.5, for_ranks=waited.seconds
+        Share((), 0, 10), seconds=2.0, for_data=0.5, for_ranks=waited.seconds
     )
     assert values == {
         "time/step_seconds": 2.0,

@@ -24,7 +24,7 @@ from prefix_ds.tracking import (
 )
 from prefix_ds.tracking import progress as progress_module
 from prefix_ds.tracking.facts import read_facts
-from prefix_ds.tracking.metrics import Metrics
+from prefix_ds.tracking.metrics import Metrics, append_record
 
 
 def facts_of(run: Path, **params: object) -> Facts:
@@ -77,6 +77,16 @@ def test_damaged_lines_are_told_and_skipped(run: Path, caplog: pytest.LogCapture
     (run / "metrics.jsonl").write_text(good + "".join(bad) + good)
     assert [r.values for r in read_metrics(run)] == [{"x": 4.0}] * 2
     assert caplog.text.count("damaged line") == len(bad)
+
+
+def test_what_is_added_behind_half_a_line_is_whole(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    append_record(run, 1, {"x": 1.0})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "t')  # a disk was full
+    append_record(run, 3, {"x": 3.0})
+    append_record(run, 4, {"x": 4.0})
+    assert [r.step for r in read_metrics(run)] == [1, 3, 4]
+    assert caplog.text.count("damaged line") == 1
 
 
 def test_a_full_disk_is_a_clear_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +143,27 @@ def test_secrets_are_masked_wherever_they_stand(text: str) -> None:
     assert "***" in masked(text)
 
 
-@pytest.mark.parametrize("password", ["p/w:x", "p@w", "%40%2F", "a b", "$(x)"])
+@pytest.mark.parametrize("password", ["p/w:x", "p@w", "%40%2F", "a b", "$(x)", "it's-secret", 'a"b'])
 def test_the_password_of_a_known_uri_is_masked_in_any_spelling(password: str) -> None:
     uri = f"http://bob:{password}@host/"
     decoded = {"%40%2F": "@/"}.get(password, password)
     for text in (uri, f"no host in {password}", f"cannot parse '{decoded}'", f"bob:{password} was refused"):
         assert password not in masked(text, uri)
         assert f"'{decoded}'" not in masked(text, uri)
+
+
+@pytest.mark.parametrize("password", ["it's-secret", "a b", 'a"b', "plain"])
+def test_a_password_on_the_command_line_is_masked_before_it_is_quoted(password: str) -> None:
+    uri = f"http://bob:{password}@host/"
+    line = process_tags(["prefix-ds", "train", "run.yaml", f"mlflow.uri={uri}"], uri)["mlflow.source.name"]
+    assert line == "prefix-ds train run.yaml 'mlflow.uri=http://***@host/'"
+
+
+@pytest.mark.parametrize("password", ["mlflow", "p", "db"])
+def test_a_password_that_is_an_everyday_word_leaves_other_words_whole(password: str) -> None:
+    uri = f"postgresql://mlflow:{password}@host/"
+    text = f"mlflow:\n  uri: {uri}\n  tags: dbs, ps\n"
+    assert masked(text, uri) == "mlflow:\n  uri: postgresql://***@host/\n  tags: dbs, ps\n"
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,16 @@ def _folder(run: Path, step: int, before: str = "") -> Path:
 
 
 def _folders(run: Path) -> list[Path]:
-    """Oldest first; of one step, a replaced checkpoint before the one that replaced it."""
-    found = [(m, p) for p in (run / "checkpoints").glob("step-*") if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
+    """Oldest first; of one step, a replaced checkpoint before the one that replaced it. Raises RunError."""
+    parent = run / "checkpoints"
+    try:
+        names = [path.name for path in parent.iterdir()]  # glob takes what may not be read for empty
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"{parent}: cannot be read: {error.strerror or error}") from None
+    found = [match for name in names if (match := _NAME.fullmatch(name))]
+    return [parent / m[0] for m in sorted(found, key=lambda match: (int(match[1]), match[2] is None))]
 
 
 def _step_of(folder: Path) -> int:

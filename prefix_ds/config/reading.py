@@ -74,18 +74,22 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Place, str]]:
     try:
         node = yaml.compose(text, yaml.CSafeLoader)
         tree = yaml.load(text, yaml.CSafeLoader)
+        lines: dict[Place, str] = {}
+        _note_lines(node, (), source, lines)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a date of month 31, an anchor in itself
         raise ConfigError(f"{source}: not YAML: {error}") from None
-    lines: dict[Place, str] = {}
-    _note_lines(node, (), source, lines)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected sections with keys, found {type(tree).__name__}")
-    return tree, lines
+    return {name: {} if keys is None else keys for name, keys in tree.items()}, lines
 
 
 def _note_lines(node: yaml.Node | None, place: Place, source: str, lines: dict[Place, str]) -> None:
@@ -111,7 +115,8 @@ def _override(tree: dict[str, Any], lines: dict[Place, str], word: str) -> None:
         branch = tree.get(name)
         tree[name] = tree = dict(branch) if isinstance(branch, dict) else {}
     tree[place[-1]] = _override_value(place, text)
-    lines[place] = repr(f"{dotted}=..." if place[0] in _SECRET_SECTIONS else word)
+    may_be_secret = place[0] in _SECRET_SECTIONS or place[0] not in RunConfig.model_fields  # mflow.uri
+    lines[place] = repr(f"{dotted}=..." if may_be_secret else word)
     for size in range(1, len(place)):
         lines.setdefault(place[:size], lines[place])
 
@@ -119,7 +124,7 @@ def _override(tree: dict[str, Any], lines: dict[Place, str], word: str) -> None:
 def _yaml(text: str) -> Any:
     try:
         return yaml.load(text, yaml.CSafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

@@ -76,5 +76,4 @@ class Share:
     micro_batches: tuple[Batch, ...]
     global_targets: int  # over all ranks: what the summed loss is divided by
     global_tokens: int
-    num_examples: int  # of the global batch
     global_squares: int = 0  # of the lengths of its examples, summed: what attention grows with

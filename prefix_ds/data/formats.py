@@ -66,8 +66,7 @@ def csv_rows(path: str) -> Rows:
         reader = csv.reader(file, strict=True)
         try:
             names = next(reader, [])
-            if repeated := {name for name in names if names.count(name) > 1}:
-                raise DataError(f"{path}:1: the column {sorted(repeated)[0]!r} is there twice")
+            _refuse_repeated(names, f"{path}:1")
             number = reader.line_num + 1
             for cells in reader:
                 if cells:
@@ -90,15 +89,23 @@ def parquet_rows(path: str) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
+            _refuse_repeated(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, json_text(record)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not Parquet: {str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond the year 9999
+        raise DataError(f"{path}: one of the 1,000 records after {number:,}: {error}") from None
+
+
+def _refuse_repeated(names: list[str], place: str) -> None:
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"{place}: the column {sorted(repeated)[0]!r} is there twice")
 
 
 def json_text(record: dict[str, Any]) -> str:

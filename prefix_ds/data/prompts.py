@@ -6,7 +6,7 @@ Knows nothing of how text is generated or scored.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,9 +32,18 @@ class Prompt:
 
 
 def read_prompts(
-    source: Source, key: str, data: DataKeys, tokenizer: Any, max_tokens: int, *, references: bool
+    source: Source,
+    key: str,
+    data: DataKeys,
+    tokenizer: Any,
+    max_tokens: int,
+    *,
+    references: bool,
+    choose: Callable[[int], Iterable[int]] = range,
 ) -> list[Prompt]:
     """The prompts of a source's records, in order; `key` names it in messages (data.test, --input).
+
+    `choose` gives the numbers of the records that are wanted, out of so many.
 
     `max_tokens` bounds a prompt's ids: a longer one loses its start, or is a DataError if data.too_long is
     error. With `references` the records must hold what data.references (or data.target) needs. Raises
@@ -47,8 +56,8 @@ def read_prompts(
     prompt.check(records[0], records.place(0))
     encoder = encoder_of(tokenizer, chat)
     found = []
-    for index, record in enumerate(records):
-        where = records.place(index)
+    for index in choose(len(records)):
+        record, where = records[index], records.place(index)
         asked, name = asked_of(prompt, record, where), f"{where}: the prompt"
         read = _prompt(encoder, asked, max_tokens, data.too_long, name)
         wanted = tuple(target.texts(record, where)) if references else ()

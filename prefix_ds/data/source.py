@@ -49,7 +49,7 @@ class Records:
     key: str  # of run.yaml: data.train
     table: Any  # datasets.Dataset
     names: tuple[str, ...]  # of the files, as the user wrote them, or the hub id
-    on_hub: bool
+    hub_fingerprint: str | None = None  # what `datasets` calls so, of a data set of the hub
 
     def __len__(self) -> int:
         return len(self.table)
@@ -69,10 +69,10 @@ class Records:
     def identity(self) -> str:
         """32 hex digits that name the content: the same for the same files under other folders.
 
-        Reads every file once. For a hub id, what `datasets` calls its fingerprint.
+        Reads every file once. For a hub id it is that of its fingerprint.
         """
-        if self.on_hub:
-            return fingerprint(self.names, self.table._fingerprint)
+        if self.hub_fingerprint:
+            return fingerprint(self.names, self.hub_fingerprint)
         return fingerprint(*(_content(Path(name)) for name in self.names))
 
 
@@ -97,10 +97,10 @@ def read_records(source: Source, key: str) -> Records:
     hub_id = _hub_id(items, key)
     if hub_id:
         dataset = hub.load_from_hub(hub_id, key)
-        names = (str(hub_id),)
-        return Records(key, _cached(key, dataset._fingerprint, names=names, dataset=dataset), names, True)
+        names, theirs = (str(hub_id),), dataset._fingerprint
+        return Records(key, _cached(key, theirs, names=names, dataset=dataset), names, theirs)
     paths = tuple(path for item in items for path in named_files(item, key))
-    return Records(key, _cached(key, [_stamp(path) for path in paths], names=paths), paths, False)
+    return Records(key, _cached(key, [_stamp(path) for path in paths], names=paths), paths)
 
 
 def named_files(item: str, key: str) -> list[str]:

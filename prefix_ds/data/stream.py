@@ -37,11 +37,6 @@ class Stream:
         """Optimizer steps of the whole run."""
         return self.order.num_steps
 
-    @property
-    def num_examples(self) -> int:
-        """Examples of one epoch."""
-        return len(self.examples)
-
     def share(self, step: int) -> Share:
         """This rank's micro-batches of a step, 0 being the first."""
         return _share(self.examples, self.order.batch(step), self.limits, self.world)
@@ -88,7 +83,6 @@ def _share(examples: Examples, batch: Ints, limits: Limits, world: World) -> Sha
         micro_batches=tuple(collate(rows, ids, num_targets) for rows in own),
         global_targets=int(num_targets.sum()),
         global_tokens=int(lengths.sum()),
-        num_examples=len(batch),
         global_squares=int((lengths**2).sum()),
     )
 

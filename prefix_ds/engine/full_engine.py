@@ -45,7 +45,7 @@ class FullEngine:
         with waiting(self.world.device) as waited, masks_unread():
             loss, norm = self._updated(share, lr)
         refuse_nonsense(loss, norm)
-        return StepReport(loss, norm, share.global_targets, share.global_tokens, waited.seconds)
+        return StepReport(loss, norm, share.global_tokens, waited.seconds)
 
     def _updated(self, share: Share, lr: float) -> tuple[float, float]:
         """Updates the weights; the loss before, and the gradient's norm before clipping."""

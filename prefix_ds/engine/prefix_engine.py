@@ -59,7 +59,7 @@ class PrefixEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return StepReport(loss, norm, share.global_targets, share.global_tokens, waited.seconds)
+        return StepReport(loss, norm, share.global_tokens, waited.seconds)
 
     def _gradient(self, share: Share) -> tuple[float, float]:
         """Leaves the clipped gradient in what is trained; the loss, and the gradient's norm before that."""

@@ -20,7 +20,6 @@ class StepReport:
 
     loss: float  # mean negative log-likelihood of a target token, in nats, before the update
     grad_norm: float  # of the trained tensors, before clipping
-    num_targets: int
     num_tokens: int
     waited_seconds: float | None = None  # this rank's, blocked in collective calls; None: not known
 

@@ -2,7 +2,7 @@
 
 from prefix_ds.evaluation.found import Evaluation, Front, table_of, write_evaluation
 from prefix_ds.evaluation.losses import RecordLosses, record_losses
-from prefix_ds.evaluation.sample import Sample
+from prefix_ds.evaluation.sample import Sample, sampled
 
 __all__ = [
     "Evaluation",
@@ -10,6 +10,7 @@ __all__ = [
     "RecordLosses",
     "Sample",
     "record_losses",
+    "sampled",
     "table_of",
     "write_evaluation",
 ]

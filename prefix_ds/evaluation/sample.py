@@ -15,16 +15,20 @@ from prefix_ds.scores import names_of, values_of
 from prefix_ds.writing import Writer, write_outputs
 
 
+def sampled(config: RunConfig, count: int) -> list[int]:
+    """The numbers of the records that are written for, out of `count`."""
+    return [int(number) for number in permutation(config.train.seed, 0, count)[: config.evaluate.sample]]
+
+
 class Sample:
     """The records that are written for, and how."""
 
     def __init__(
         self, prompts: Sequence[Prompt], config: RunConfig, writer: Callable[[], Writer], world: World
     ) -> None:
-        """`prompts` are those of the whole split; `writer` gives the model as it is when it is called."""
+        """`prompts`: of the `sampled` records. `writer` gives the model as it is when it is called."""
         keys = config.evaluate
-        chosen = permutation(config.train.seed, 0, len(prompts))[: keys.sample]
-        self.prompts = [prompts[number] for number in chosen]
+        self.prompts = prompts
         self.names = names_of([*(keys.scores or ()), *([keys.best_by] if keys.best_by != "loss" else ())])
         self._generate, self._writer, self._world = config.generate, writer, world
 

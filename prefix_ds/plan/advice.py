@@ -41,7 +41,7 @@ def ways(config: RunConfig, job: Job, device: Device, estimated: Estimated) -> l
 def _changes(config: RunConfig, least: bool | int, num_layers: int) -> Iterator[tuple[str, ...]]:
     yield ()
     recompute = ("model.recompute=true",) if num_layers and config.model.recompute is not True else ()
-    eight = ("model.bits=8",) if config.model.bits == 16 and config.train.method == "prefix" else ()
+    eight = ("model.bits=8",) if _may_take_8_bits(config) else ()
     offload = ("engine.deepspeed=zero3_offload",) if config.engine.deepspeed == "zero3" else ()
     if recompute:
         yield recompute
@@ -51,6 +51,12 @@ def _changes(config: RunConfig, least: bool | int, num_layers: int) -> Iterator[
         yield (*recompute, *eight)
     if offload:
         yield (*recompute, *eight, *offload)
+
+
+def _may_take_8_bits(config: RunConfig) -> bool:
+    """Whether it has not, and they are not refused: with weights that are trained, and on disks."""
+    on_disk = config.engine.nvme_folder is not None
+    return config.model.bits == 16 and config.train.method == "prefix" and not on_disk
 
 
 def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -112,8 +118,9 @@ def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> It
         yield "how fast the link to the host is is not in this plan: give --link-gbps"
     room = found.seconds["arithmetic"]
     if found.step_seconds > 1.5 * room and not idle > 0:
+        halved = ", and model.bits=8 halves what is gathered" if _may_take_8_bits(config) else ""
         yield (
             f"the {found.limit} takes {found.step_seconds / room:.1f} times as long as the arithmetic: a "
             "higher train.micro_batch_tokens, and as many more examples in train.global_batch_size, gather "
-            "the base less often a token; so do fewer devices, and model.bits=8 halves what is gathered"
+            f"the base less often a token; so do fewer devices{halved}"
         )

@@ -63,5 +63,7 @@ def _highest_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    lines = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if line := next(lines, None):  # gVisor has none; after a fork this is ours, and getrusage's is not
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

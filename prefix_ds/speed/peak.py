@@ -19,7 +19,7 @@ from prefix_ds.devices import DEVICES
 from prefix_ds.dist import World, summed
 
 _SECONDS, _SIZE = 0.4, {"cpu": 2048, "cuda": 8192}
-_OTHER_BUILDS = {"laptop", "mig", "nvl", "pcie"}  # of a GPU on the list, slower than what is there
+_OTHER_BUILDS = {"d", "laptop", "mig", "nvl", "pcie"}  # of a GPU on the list, slower than what is there
 
 
 def peak_flops(world: World, dtype: torch.dtype) -> float:

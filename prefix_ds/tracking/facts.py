@@ -89,11 +89,15 @@ def flattened(tree: Mapping[str, Any]) -> dict[str, str]:
     return dict(_leaves(tree, ""))
 
 
-def process_tags(argv: Sequence[str]) -> dict[str, str]:
-    """Tags that tell how to do it again: versions, the command line, the commit of the working directory."""
+def process_tags(argv: Sequence[str], uri: str | None = None) -> dict[str, str]:
+    """Tags that tell how to do it again: versions, the command line, the commit of the working directory.
+
+    `uri` is where the run tracks, whose secrets may stand in `argv`.
+    """
     tags = {f"version.{name}": version for name in _PACKAGES if (version := _version(name))}
+    line = masked(shlex.join(masked(word, uri) for word in argv))
     tags |= {"version.python": platform.python_version(), "host": platform.node()}
-    tags |= {"mlflow.source.name": masked(shlex.join(argv)), "mlflow.source.type": "LOCAL"}
+    tags |= {"mlflow.source.name": line, "mlflow.source.type": "LOCAL"}
     if commit := _git_commit():
         tags["mlflow.source.git.commit"] = commit
     if user := _user():

@@ -11,6 +11,7 @@ import re
 from urllib.parse import unquote
 
 _STARS = "***"
+_LONG = 8  # characters of a password that stands in no text by chance
 _QUOTED_OR_WORD = r"""(?:"[^"]*"|'[^']*'|[^\s"',;&]+)"""
 _SECRET_NAME = r"(?:token|password|passwd|pwd|secret|credentials?|api[_-]?key|access[_-]?key)"
 _PATTERNS = [
@@ -25,21 +26,31 @@ _PATTERNS = [
 def masked(text: str, uri: str | None = None) -> str:
     """The text without secrets; those of `uri` are found in any spelling."""
     for secret in _secrets(uri or ""):
-        text = text.replace(secret, _STARS)
+        text = secret.sub(_STARS, text)
     for pattern, stars in _PATTERNS:
         text = pattern.sub(stars, text)
     return text
 
 
-def _secrets(uri: str) -> list[str]:
-    """What stands before the last @ of a URI, its password alone, and both decoded; longest first."""
+def _secrets(uri: str) -> list[re.Pattern[str]]:
+    """What stands before the last @ of a URI, its password alone, and both decoded; longest first.
+
+    A short password is looked for as a word of its own, and not at all where it is the user's name too:
+    `mlflow` stands in every text.
+    """
     _, _, rest = uri.partition("://")
     user_and_password, at, _ = rest.rpartition("@")
     if not at:
         return []
-    password = user_and_password.partition(":")[2]
-    found = {user_and_password, password, unquote(user_and_password), unquote(password)}
-    return sorted((s for s in found if s), key=len, reverse=True)
+    user, _, password = user_and_password.partition(":")
+    both = {user_and_password, unquote(user_and_password)}
+    alone = {password, unquote(password)} - {"", user, unquote(user)}
+
+    def pattern(secret: str) -> re.Pattern[str]:
+        is_found_anywhere = secret in both or len(secret) >= _LONG
+        return re.compile(re.escape(secret) if is_found_anywhere else rf"(?<!\w){re.escape(secret)}(?!\w)")
+
+    return [pattern(secret) for secret in sorted(both | alone, key=len, reverse=True)]
 
 
 def is_masked(uri: str) -> bool:

@@ -13,10 +13,12 @@ Knows nothing of MLflow.
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from prefix_ds.files import telling_disk_errors, write_text_atomically
 
@@ -85,8 +87,17 @@ class MetricsReader:
 def append_record(run: Path, step: int, values: Mapping[str, float]) -> None:
     """Adds one record behind those of a run, whoever else is writing. Raises RunError."""
     path = run / FILE
-    with telling_disk_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(_line(Record(step, time.time(), dict(values))))
+    with telling_disk_errors(path), path.open("a+b") as file:
+        line = _line(Record(step, time.time(), dict(values)))
+        file.write(f"{'' if _ends_whole(file) else chr(10)}{line}".encode())
+
+
+def _ends_whole(file: BinaryIO) -> bool:
+    """Whether the last line does; a full disk or a power cut may have left half of one."""
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def read_metrics(run: Path) -> list[Record]:

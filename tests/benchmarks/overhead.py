@@ -64,7 +64,7 @@ def made_share():
     places = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[:, LENGTH // 2 : -1].flatten()
     positions_BT = torch.arange(LENGTH).expand(ROWS, -1)
     batch = whole_batch(ids_BT, positions_BT, places, ids_BT.flatten()[places + 1])
-    return Share((batch,), len(places), ROWS * LENGTH, ROWS)
+    return Share((batch,), len(places), ROWS * LENGTH)
 
 
 class Hand:
