@@ -57,5 +57,5 @@ def rank_environment(team: Team, rank: int) -> dict[str, str]:
 
 
 def rank_command(words: Sequence[str]) -> list[str]:
-    """`prefix-ds WORDS` with the Python that runs this."""
-    return [sys.executable, "-m", "prefix_ds", *words]
+    """`prefix-ds WORDS` with the Python that runs this, and no module of the working folder (-P)."""
+    return [sys.executable, "-P", "-m", "prefix_ds", *words]

@@ -81,8 +81,10 @@ class _Conductor:
             self._say(f"restart {restarts} of {self._plan.max_restarts}, from the latest checkpoint")
 
     def _ask(self) -> None:
-        """The first time for a checkpoint, then for the end; where nothing runs there is nothing to save."""
-        self._asked += 1 if self._attempt else 2
+        """The first time for a checkpoint, then for the end; where nothing runs there is nothing to save, and
+        where all is over nothing begins again."""
+        is_over = bool(self._leaving) and not (self._attempt or self._reaching)
+        self._asked = max(self._asked, 1) if is_over else self._asked + (1 if self._attempt else 2)
         if self._reaching:
             self._reaching.cancel()
         elif self._attempt and self._asked == 1:
@@ -108,7 +110,9 @@ class _Conductor:
             self._reaching = None
         try:
             check_alike(agents, self._plan)
-            self._attempt = Attempt(agents, self._plan.words, self._plan.master, self._show)
+            is_first_there = agents[0].member is self._plan.members[0]
+            master = self._plan.master if is_first_there else None  # it is the first host's address
+            self._attempt = Attempt(agents, self._plan.words, master, self._show)
             self._trying = asyncio.ensure_future(self._attempt.run())
             return culprit(await self._trying)
         except asyncio.CancelledError:
@@ -150,15 +154,16 @@ class _Conductor:
         return [answer for answer in answers if isinstance(answer, LaunchError)]
 
     def _order(self, member: Member) -> dict[str, Any]:
-        return self._plan.order(
-            self._environment, self._plan.port if member is self._plan.members[0] else None
-        )
+        """The port is the first host's to open, which another may become."""
+        may_be_first = member is self._plan.members[0] or self._plan.fewest < len(self._plan.members)
+        return self._plan.order(self._environment, self._plan.port if may_be_first else None)
 
     async def _dismiss(self, agents: Iterable[Agent]) -> None:
         self._leaving = list(agents)
         if self._asked > 1:
             self._kill_those_that_leave()
         await asyncio.gather(*(agent.dismissed() for agent in self._leaving))
+        self._leaving = []
 
     def _kill_those_that_leave(self) -> None:
         for agent in self._leaving:

@@ -14,7 +14,7 @@ from launcher.hosts import Host
 from launcher.spec import JobSpec
 from prefix_ds.errors import LaunchError
 
-_AGENT = ("-m", "launcher.node", "--ordered")
+_AGENT = ("-P", "-m", "launcher.node", "--ordered")  # -P: no launcher.py of the folder that it begins in
 _SSH_OPTIONS = (
     "-T",
     *("-o", "BatchMode=yes"),

@@ -51,7 +51,7 @@ def hosts_of_file(path: Path) -> list[Host]:
 def hosts_of_list(text: str, slots: int) -> list[Host]:
     """Of `a,b:4`, each with its own number of ranks or `slots`. Raises LaunchError."""
     hosts = []
-    for word in filter(None, text.split(",")):
+    for word in filter(None, map(str.strip, text.split(","))):
         name, _, own = word.partition(":")
         if own and not own.isdecimal():
             raise LaunchError(f"--hosts: {word}: expected NAME or NAME:NUMBER")

@@ -22,6 +22,7 @@ from prefix_ds.errors import EXIT_DONE, LaunchError
 
 _ALONE_SECONDS, _SILENT_SECONDS = 8.0, 2.0  # for a checkpoint when the launcher is gone, or the link
 _WAITING_LINES = 1000
+_LAST_LINES_SECONDS = 10.0  # for a slow link to take them, and the ends behind them
 
 
 async def obey() -> int:
@@ -133,7 +134,7 @@ class _Obeying:
         self._ranks = Ranks(_counting_on_gpus(team, self._environment), words, self._logs, heard)
         async for end in self._ranks.run(self._environment):
             await queue.put({"end": asdict(end)})
-        await asyncio.wait([asyncio.ensure_future(queue.join())], timeout=1)
+        await asyncio.wait([asyncio.ensure_future(queue.join())], timeout=_LAST_LINES_SECONDS)
         telling.cancel()
 
     async def _tell_all(self, queue: asyncio.Queue[wire.Message]) -> None:

@@ -38,6 +38,7 @@ class _Rank:
     process: asyncio.subprocess.Process
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     by_us: bool = False
+    is_over: "asyncio.Future[None]" = field(default_factory=asyncio.Future)
 
 
 class Ranks:
@@ -47,6 +48,7 @@ class Ranks:
         """`words`: the arguments of prefix-ds. `logs`: folder of a file a rank. `heard` gets each line."""
         self._team, self._words, self._logs, self._heard = team, words, logs, heard
         self._ranks: list[_Rank] = []
+        self._telling: set[asyncio.Future[None]] = set()
         self._is_stopping = False
         self.host = socket.gethostname()
 
@@ -76,18 +78,24 @@ class Ranks:
     async def _ended(self, rank: _Rank) -> End:
         listening = asyncio.ensure_future(self._listen(rank))
         code = await rank.process.wait()
+        rank.is_over.set_result(None)
         await asyncio.wait([listening], timeout=_DRAIN_SECONDS)  # a child may hold the pipe open
         listening.cancel()
         await _end_group(rank.process.pid, _ORPHAN_SECONDS)
         return End(self.host, rank.number, code, tuple(rank.tail), rank.by_us)
 
     async def _listen(self, rank: _Rank) -> None:
+        """Lines as they come. While whoever listens is slow, the rank's print waits; when it is over nothing
+        does, so that its last lines are kept."""
         assert rank.process.stdout is not None
         with _log_file(self._logs, self.host, rank.number) as log:
             async for line in _lines(rank.process.stdout):
                 rank.tail.append(line[:_LONGEST_IN_TAIL])
                 log.write(line)
-                await self._heard(rank.number, line)
+                telling = asyncio.ensure_future(self._heard(rank.number, line))
+                self._telling.add(telling)
+                telling.add_done_callback(self._telling.discard)
+                await asyncio.wait([telling, rank.is_over], return_when=asyncio.FIRST_COMPLETED)
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it to every rank that lives."""

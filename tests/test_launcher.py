@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import conductor, ordered, survey
+from launcher import conductor, here, ordered, survey
 from launcher import ranks as ranks_module
 from launcher.attempt import Attempt
-from launcher.command import Team, rank_environment, teams
+from launcher.command import Team, rank_command, rank_environment, teams
 from launcher.conductor import check_alike
 from launcher.ends import End, culprit
 from launcher.here import local_plan, ssh_plan
@@ -47,7 +47,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# all\na slots=4\n\nb-1.lan   slots=2 # old\n")
     assert hosts_of_file(path) == [Host("a", (0, 1, 2, 3)), Host("b-1.lan", (0, 1))]
-    assert hosts_of_list("a,b:2", 3) == [Host("a", (0, 1, 2)), Host("b", (0, 1))]
+    assert hosts_of_list("a, b:2", 3) == [Host("a", (0, 1, 2)), Host("b", (0, 1))]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,82 @@ def test_what_would_end_the_same_is_not_started_again(run_file, monkeypatch, cod
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert conductor.submit(local_plan(job_spec(run_file), max_restarts=2)) == end(0, code).exit_code
     assert len(tries) == starts
+
+
+def crew(run_file, **how):
+    """A conductor of three hosts, each of which answers with its own name for an address."""
+    plan = ssh_plan(job_spec(run_file, port=29500), [Host(name, (0,)) for name in "abc"], **how)
+    terminal = SimpleNamespace(show=None, say=lambda _: None)
+    agents = [
+        SimpleNamespace(name=member.host.name, member=member, hello={"address": member.host.name, "port": 7})
+        for member in plan.members
+    ]
+    return conductor._Conductor(plan, {}, terminal), agents
+
+
+def test_the_host_that_becomes_the_first_has_its_own_address_and_the_port(run_file, monkeypatch):
+    conducting, agents = crew(run_file, master="10.0.0.1", min_nodes=1)
+    asked = []
+
+    class Noted:
+        def __init__(self, agents, words, master, show):
+            asked.append(master)
+
+        async def run(self):
+            return []
+
+    async def dismissed(self, agents):
+        pass
+
+    monkeypatch.setattr(conductor, "Attempt", Noted)
+    monkeypatch.setattr(conductor, "check_alike", lambda *_: None)
+    monkeypatch.setattr(conductor._Conductor, "_dismiss", dismissed)
+    for there in (agents, agents[1:]):
+
+        async def reached(self, is_first, there=there):
+            return there
+
+        monkeypatch.setattr(conductor._Conductor, "_reached", reached)
+        asyncio.run(conducting._tried(is_first=True))
+    assert asked == ["10.0.0.1", None]
+    assert [conducting._order(agent.member)["port"] for agent in agents] == [29500] * 3
+    conducting, agents = crew(run_file)
+    assert [conducting._order(agent.member)["port"] for agent in agents] == [29500, None, None]
+
+
+def test_ctrl_c_when_all_is_over_changes_nothing_but_that_it_ends(run_file):
+    conducting, _ = crew(run_file)
+    conducting._leaving = [SimpleNamespace(kill=lambda: None)]
+    conducting._ask()
+    conducting._ask()
+    assert conducting._asked == 1
+
+
+def test_the_last_words_of_a_rank_are_kept_however_slow_the_listener(tmp_path, monkeypatch):
+    program = "for n in range(30): print(n, flush=True)\nprint('last words'); raise SystemExit(2)"
+    monkeypatch.setattr(ranks_module, "rank_command", lambda _: [sys.executable, "-c", program])
+    told = []
+
+    async def heard(rank, line):
+        await asyncio.sleep(0.2)
+        told.append(line)
+
+    async def ends():
+        ranks = Ranks(Team(0, 1, 1, "127.0.0.1", 1), [], tmp_path, heard)
+        return [end async for end in ranks.run(os.environ)]
+
+    (end,) = asyncio.run(ends())
+    said = [*map(str, range(30)), "last words"]
+    assert (end.code, list(end.tail)) == (2, said)
+    (log,) = tmp_path.iterdir()
+    assert log.read_text().splitlines() == said
+
+
+def test_a_module_of_the_working_folder_is_not_taken_for_ours(tmp_path):
+    for name in ("launcher.py", "prefix_ds.py"):
+        (tmp_path / name).write_text("raise SystemExit('not ours')")
+    for command in ([sys.executable, *here._AGENT[:3], "--help"], rank_command(["--help"])):
+        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize(
@@ -517,7 +593,7 @@ def test_an_agent_that_cannot_start_its_ranks_is_told_of(run_file):
 def test_a_second_ctrl_c_ends_it_whatever_the_agent_does(run_file):
     hang = "ordered._Obeying._run = lambda *_: asyncio.sleep(600)"
     agent = f"import asyncio\nfrom launcher import ordered\n{hang}"
-    process = launched_with(agent, run_file)
+    process = launched_with(agent, run_file, "--processes=1")
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     assert "stopping" in process.stderr.readline()
@@ -530,13 +606,13 @@ def test_a_ctrl_c_does_not_wait_for_an_agent_that_does_not_leave(run_file):
     """Its ranks have ended."""
     agent = "import asyncio\nfrom launcher import ranks\nranks.Ranks.stop = lambda *_: asyncio.sleep(600)"
     process = launched_with(
-        f"{agent}\nranks.rank_command = lambda words: ['bash', '-c', 'exit 77']", run_file
+        f"{agent}\nranks.rank_command = lambda words: ['bash', '-c', 'exit 77']", run_file, "--processes=1"
     )
     time.sleep(4)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=5)
-    assert process.returncode == 130
+    assert process.returncode == EXIT_DEVICE
 
 
 def test_ctrl_c_between_two_attempts_ends_it(run_file):

@@ -82,7 +82,7 @@ def test_bash_can_read_it(name):
 FAKES = {
     "srun": 'printf "%s\\n" "$@" > srun.argv; while [[ $1 == --* ]]; do shift; done; "$@"',
     "scontrol": 'case $1 in show) printf "%s\\n" calm wild ;; *) echo "$@" >> scontrol.argv ;; esac',
-    "python": '[ "$1" = -c ] && exit "${BROKEN:-0}"; printf "%s\\0" "$@" > python.argv; touch begun; '
+    "python": '[ "$2" = -c ] && exit "${BROKEN:-0}"; printf "%s\\0" "$@" > python.argv; touch begun; '
     'sleep "${SLEEP:-0}"; case $CODE in 1 | 2) exit $((CODE + 200)) ;; esac; exit "$CODE"',
 }
 
@@ -121,6 +121,7 @@ def test_hostile_words_arrive_as_they_are(bench):
     assert started(room, spec).wait() == 0
     words = (room / "python.argv").read_bytes().decode().split("\0")[:-1]
     agent = [
+        "-P",
         "-m",
         "launcher.node",
         "--lifted",
@@ -202,7 +203,7 @@ echo $! > task.pid
 wait $!
 """
 AGENT = """\
-[ "$1" != -c ] || exit 0
+[ "$2" != -c ] || exit 0
 trap 'echo told >> told; sleep 1; echo saved > saved; exit {code}' TERM
 touch begun
 sleep 20 &
@@ -366,6 +367,24 @@ def test_status_and_log_of_a_job_that_slurm_remembers(tmp_path, monkeypatch):
     fake(tmp_path, "scontrol", f"cat {tmp_path}/shown", monkeypatch)
     assert backend.status("7").told() == "job 7: RUNNING, on calm,wild, 3 starts"
     assert list(backend.logs("7")) == ["one", "two"]
+
+
+def test_a_line_that_is_half_written_is_shown_when_it_is_whole(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    log.write_text("one\nloss 1.2")
+    (tmp_path / "shown").write_text(SHOWN.format(log=log))
+    fake(tmp_path, "scontrol", f"cat {tmp_path}/shown", monkeypatch)
+    later = iter(["345\nto", "go"])
+
+    def slept(_):
+        text = next(later)
+        with log.open("a") as file:
+            file.write(text)
+        if text == "go":
+            (tmp_path / "shown").write_text(SHOWN.format(log=log).replace("RUNNING", "COMPLETED"))
+
+    monkeypatch.setattr(backend.time, "sleep", slept)
+    assert list(backend.logs("7", follow=True)) == ["one", "loss 1.2345", "togo"]
 
 
 def test_status_of_a_job_that_only_the_accounting_knows(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""One node of the job: a pod that runs `python -m launcher.node` and what it may touch.
+"""One node of the job: a pod that runs `launcher.node` and what it may touch.
 
 It keeps to the *restricted* Pod Security Standard, and its root file system is read-only: the runs volume,
 /tmp, the home folder and /dev/shm are what it writes to. /dev/shm is memory, of which a pod has 64 MB by
@@ -114,7 +114,7 @@ def _container(spec: JobSpec, options: KubernetesOptions, place: JobPlace) -> Ma
     container = {
         "name": CONTAINER,
         "image": options.image,
-        "command": ["python", "-m", "launcher.node"],
+        "command": ["python", "-P", "-m", "launcher.node"],
         "args": [literal(word) for word in _agent_words(spec, options, place)],
         "workingDir": runs_path(spec),
         "env": [*_environment(spec, options)],

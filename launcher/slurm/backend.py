@@ -123,10 +123,12 @@ def logs(job: str, *, follow: bool = False) -> Iterator[str]:
         now = status(job)
         if now.log is None:
             raise LaunchError(f"job {job}: Slurm has forgotten where its log is; look for {job}.log")
+        is_last = now.is_over or not follow
         for line in _lines_from(now.log, place):
-            place += len(line)
-            yield line.decode(errors="replace").rstrip("\n")
-        if now.is_over or not follow:
+            if line.endswith(b"\n") or is_last:  # half a line is read again when it is whole
+                place += len(line)
+                yield line.decode(errors="replace").rstrip("\n")
+        if is_last:
             return
         time.sleep(_POLL_SECONDS)
 

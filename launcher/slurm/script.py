@@ -46,7 +46,7 @@ _TASK = f"""\
 # srun ends with the highest exit code of its tasks. After a bug or a mistake on one node others lose a peer,
 # which must not look like the reason: so these two are lifted above all others. Slurm may signal a task's
 # first process alone, so the shell makes room for the agent.
-task='"$1" -c "import launcher.node" || exit {lifted(EXIT_BUG)}
+task='"$1" -P -c "import launcher.node" || exit {lifted(EXIT_BUG)}
 exec "$@"'
 """
 _REACHED = f"""\
@@ -170,7 +170,7 @@ def _srun(spec: JobSpec, options: SlurmOptions) -> str:
         *(_IN_ALLOCATION if options.allocated else []),
     ]
     gpus = f" --gpus {options.ask.gpus_per_node}" if options.ask.gpus_per_node else ""
-    agent = f"{_word(options.python)} -m launcher.node --lifted"
+    agent = f"{_word(options.python)} -P -m launcher.node --lifted"
     lines = [
         f"srun {' '.join(slurm)}",
         *map(_word, options.srun),
