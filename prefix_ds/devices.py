@@ -9,6 +9,8 @@ from math import inf
 
 from prefix_ds.errors import ConfigError
 
+USED_PART = 0.9  # of a memory: allocators waste some, and a plan may be off by as much
+
 
 @dataclass(frozen=True)
 class Device:
@@ -22,6 +24,11 @@ class Device:
     host_gbs: float  # GB/s from the memory of the host
     memory_gbs: float  # GB/s of its own memory
     kind: str = "cuda"
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of its memory, what a run may be planned to fill."""
+        return round(self.memory_gib * 2**30 * USED_PART)
 
 
 _SHEETS = (

@@ -79,14 +79,13 @@ def least_recomputed(
     config: RunConfig, job: Job, device: Device, estimated: Estimated, had: bool | int | None = None
 ) -> Choice:
     """What `model.recompute: auto` comes to on a device; what it came to before is kept if it fits."""
-    limit = round(device.memory_gib * 2**30)
-    return chosen(lambda again: estimated(recomputed(config, again), job), limit, had)
+    return chosen(lambda again: estimated(recomputed(config, again), job), device.usable_bytes, had)
 
 
 def _way(
     config: RunConfig, overrides: tuple[str, ...], job: Job, device: Device, estimated: Estimated
 ) -> Way:
-    limit = device.memory_gib * 2**30
+    limit = device.usable_bytes
     total = estimated(config, job).total_bytes
     fewest = _fewest(job, lambda other: estimated(config, other).total_bytes <= limit)
     return Way(overrides, total, total <= limit, fewest)

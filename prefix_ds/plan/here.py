@@ -1,9 +1,8 @@
-"""The memory that a rank of this machine may use, before a base is loaded, or what is left of it after.
+"""The memory that a rank of this machine has, before a base is loaded, or what is left of it after.
 
 On a GPU, all of the device's: a rank has one to itself. On CPUs, this rank's part of what the machine, or the
 control group that the job runs in, has left: files that the kernel keeps in memory count as left, as they
-go when something else needs room. A tenth is never planned for: allocators waste some, and a plan may be off
-by as much.
+go when something else needs room.
 
 Knows nothing of plans.
 """
@@ -14,10 +13,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from prefix_ds.devices import Device
+from prefix_ds.devices import USED_PART, Device
 from prefix_ds.dist import World
 
-_USED_PART = 0.9
 _GROUPS = Path("/sys/fs/cgroup")
 # Of version 1 and 2 of the control groups: where memory's are, a limit, what is used, and how much of it is
 # files that nobody has used for long.
@@ -28,24 +26,24 @@ _VERSIONS = (
 
 
 def memory_here(world: World) -> int:
-    """Bytes that this rank may use."""
+    """Bytes that this rank has to itself."""
     if world.device.type == "cuda":
-        return round(torch.cuda.get_device_properties(world.device).total_memory * _USED_PART)
+        return int(torch.cuda.get_device_properties(world.device).total_memory)
     return _left_on_host(world)
 
 
 def memory_left(world: World) -> int:
-    """Bytes that this rank may use beside what it holds already."""
+    """Bytes that this rank may fill beside what it holds already."""
     if world.device.type != "cuda":
-        return _left_on_host(world)
+        return round(_left_on_host(world) * USED_PART)
     free, _ = torch.cuda.mem_get_info(world.device)
     kept = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    return round((free + kept) * _USED_PART)
+    return round((free + kept) * USED_PART)
 
 
 def _left_on_host(world: World) -> int:
     left = min([psutil.virtual_memory().available, *left_in_groups()])
-    return round(left / world.local_size * _USED_PART)
+    return left // world.local_size
 
 
 def device_here(world: World, memory_bytes: int) -> Device:

@@ -59,7 +59,9 @@ def _label(overrides: tuple[str, ...]) -> str:
 
 
 def _memory(columns: dict[str, Estimate], device: Device) -> Table:
-    table = Table("GiB a device", *columns, title="Memory at the peak of a step", title_justify="left")
+    usable = f"a run may fill {_gib(device.usable_bytes)} of {device.memory_gib:g}"
+    title = f"Memory at the peak of a step; {usable}"
+    table = Table("GiB a device", *columns, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     terms = dict.fromkeys(term for estimate in columns.values() for term in estimate.memory)
@@ -73,8 +75,8 @@ def _memory(columns: dict[str, Estimate], device: Device) -> Table:
 
 
 def _verdict(total: int, device: Device) -> str:
-    fits = total <= device.memory_gib * 2**30
-    return f"{_gib(total)} {'fits' if fits else 'DOES NOT FIT'} in {device.memory_gib:g}"
+    fits = "fits" if total <= device.usable_bytes else "DOES NOT FIT"
+    return f"{_gib(total)} {fits}"
 
 
 def _time(columns: dict[str, Estimate]) -> Table:

@@ -68,7 +68,7 @@ def row(base, folder, count, way, estimated, device):
     config = parse_config(RUN.format(folder=folder, examples=8 * count), list(way))
     found = estimated(config, Job(count // 8, 8, 1024, 0.25))
     parts = (found.memory[name] for name in ("shards", "gathered layers", "activations"))
-    fits = found.total_bytes <= device.memory_gib * 2**30
+    fits = found.total_bytes <= device.usable_bytes
     return (
         base,
         f"{count:,}",
