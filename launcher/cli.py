@@ -33,19 +33,23 @@ Env = Annotated[
     list[str] | None, typer.Option("--env", metavar="NAME", help="a variable every rank gets, by name")
 ]
 Restarts = Annotated[
-    int, typer.Option(min=0, help="starts after a rank, a host or the network has died; 1 and 2 end it")
+    int,
+    typer.Option(
+        min=0,
+        help="how often to start again after a rank, a host or the network died; never after codes 1 and 2",
+    ),
 ]
 Grace = Annotated[float, typer.Option(help="for a checkpoint, when the job is stopped")]
-Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; none: a free one")]
+Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; left out: a free one")]
 Hostfile = Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")]
 HostNames = Annotated[str | None, typer.Option(help="a,b or a:4,b:4")]
 Slots = Annotated[int, typer.Option(help="ranks of a host of --hosts that says no number")]
 Include = Annotated[str | None, typer.Option(help="hosts and devices to use: a@b:0,2")]
 Exclude = Annotated[str | None, typer.Option(help="hosts and devices to leave out")]
 SshCommand = Annotated[str, typer.Option("--ssh", help="ssh, with options")]
-PythonPath = Annotated[str | None, typer.Option(help="on every host; none: the path of this one")]
+PythonPath = Annotated[str | None, typer.Option(help="on every host; left out: the path of this one")]
 Master = Annotated[
-    str | None, typer.Option(help="address of the first host for the others; none: where ssh reaches it")
+    str | None, typer.Option(help="address of the first host for the others; left out: where ssh reaches it")
 ]
 JobName = Annotated[str, typer.Argument(help="a number: Slurm's; a name: Kubernetes'")]
 Namespace = Annotated[str, typer.Option(help="of a Kubernetes job")]
@@ -58,7 +62,7 @@ def local(
     run_file: RunFile,
     overrides: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="ranks; none: one for each GPU, or one")
+        int | None, typer.Option(min=1, help="ranks; left out: one for each GPU, or one")
     ] = None,
     port: Port = None,
     max_restarts: Restarts = 0,
@@ -94,7 +98,7 @@ def ssh(
     master: Master = None,
     port: Port = None,
     max_restarts: Restarts = 0,
-    min_nodes: Annotated[int | None, typer.Option(help="hosts enough for a restart; none: all")] = None,
+    min_nodes: Annotated[int | None, typer.Option(help="hosts enough for a restart; left out: all")] = None,
     grace_seconds: Grace = 600,
     dry_run: DryRun = False,
 ) -> None:

@@ -53,7 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="of each node")
     parser.add_argument("--gpus", type=int, default=0, help="of each node, if they must be there")
     parser.add_argument("--master", default="127.0.0.1:29500", help="HOST:PORT of the first node")
-    parser.add_argument("--node", type=int, help=f"number of this node; none: {' or '.join(_NUMBERS)}")
+    parser.add_argument("--node", type=int, help=f"number of this node; left out: {' or '.join(_NUMBERS)}")
     parser.add_argument("--grace-seconds", type=float, default=3600, help="for a checkpoint, after SIGTERM")
     parser.add_argument("--logs", type=Path, help="folder for a file a rank")
     parser.add_argument("words", nargs="*", help="arguments of prefix-ds, after --")

@@ -72,12 +72,14 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 def generate(
     run: Run,
     overrides: Overrides = None,
-    prompt: Annotated[str | None, typer.Option(help="one prompt, as the model reads it")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="one prompt: as the model reads it, or in a chat what a user says")
+    ] = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help="records; data.prompt makes the prompts")
     ] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", help="JSON lines; none: the terminal")
+        Path | None, typer.Option("--output", help="JSON lines; left out: the terminal")
     ] = None,
     without_prefix: Annotated[
         bool, typer.Option("--without-prefix", help="the bare base, to compare")
@@ -134,14 +136,14 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="machines")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="devices of each")] = 8,
-    gpu: Annotated[str | None, typer.Option(help="kind of device; none: h100-80gb")] = None,
+    gpu: Annotated[str | None, typer.Option(help="kind of device; left out: h100-80gb")] = None,
     memory_gib: Annotated[float | None, typer.Option(help="of a device of your own: GiB of memory")] = None,
     tflops: Annotated[float | None, typer.Option(help="its peak in bfloat16")] = None,
     link_gbps: Annotated[
         float | None, typer.Option(help="Gbit/s of its slowest link; one device needs none")
     ] = None,
     example_tokens: Annotated[
-        int | None, typer.Option(help="mean tokens of an example; none: data.max_length")
+        int | None, typer.Option(help="mean tokens of an example; left out: data.max_length")
     ] = None,
     targets: Annotated[float, typer.Option(help="part of all tokens that are targets")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="the same, for programs")] = False,
@@ -194,7 +196,7 @@ def export(
     mlflow: Annotated[
         str | None, typer.Option("--mlflow", metavar="NAME", help="register as this model instead; no OUT")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow's server; none: mlflow.uri of the run")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow's server; left out: mlflow.uri of the run")] = None,
 ) -> None:
     """Write a run's prefix as a PEFT adapter with a card, or register it as an MLflow model."""
     from prefix_ds.exporting import export_runs, export_to_mlflow
@@ -229,7 +231,8 @@ def import_(
 def sync(
     run: Run,
     uri: Annotated[
-        str | None, typer.Option(help="MLflow's server, with a password if it needs one; none: the run's own")
+        str | None,
+        typer.Option(help="MLflow's server, maybe with its password; left out: the run's own"),
     ] = None,
 ) -> None:
     """Send to MLflow what it has not got of a run."""
@@ -244,10 +247,10 @@ def compare(
         list[Path] | None, typer.Argument(help="run folders, or folders of them", metavar="[RUN]...")
     ] = None,
     experiment: Annotated[
-        str | None, typer.Option(help="instead of folders: an experiment of MLflow; none: prefix-ds")
+        str | None, typer.Option(help="instead of folders: an experiment of MLflow; left out: prefix-ds")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow's server; none: sqlite:///mlflow.db")] = None,
-    by: Annotated[str | None, typer.Option(help="what makes a run the best; none: validation loss")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow's server; left out: sqlite:///mlflow.db")] = None,
+    by: Annotated[str | None, typer.Option(help="what runs are judged by; left out: validation loss")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page that needs no network")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the same, for programs")] = False,
     log: Annotated[

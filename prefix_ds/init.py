@@ -4,6 +4,7 @@ Made from the page of keys: the few keys a user must set stand at the top with a
 stands below with its default, behind a `#`. Removing those changes nothing, until a value is changed.
 """
 
+import textwrap
 from pathlib import Path
 
 from prefix_ds.config.listing import KeyRow, key_table, section_docs, yaml_text
@@ -21,6 +22,7 @@ _EXAMPLE = {
     "run.folder": "runs/first",
 }
 
+_WIDTH = 100
 _HEAD = """\
 # A run of prefix-ds. Edit the keys that are set; the others have their defaults behind a #.
 #
@@ -28,6 +30,7 @@ _HEAD = """\
 #   prefix-ds train run.yaml       trains; started again, it goes on
 #
 # A key may also be given on the command line: prefix-ds train run.yaml train.lr=0.001
+# Relative paths begin in the folder that the command is called from.
 """
 
 
@@ -65,4 +68,6 @@ def _section(name: str, rows: list[KeyRow]) -> str:
 def _entry(row: KeyRow) -> str:
     is_set = row.key in _EXAMPLE
     value = yaml_text(_EXAMPLE[row.key]) if is_set else row.default
-    return f"  # {row.doc}\n  {'' if is_set else '#'}{row.name}: {value}"
+    choices = f": {row.type}" if row.has_choices else ""
+    comment = textwrap.wrap(f"{row.doc}{choices}", _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+    return "\n".join([*comment, f"  {'' if is_set else '#'}{row.name}: {value}"])

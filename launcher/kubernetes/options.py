@@ -98,7 +98,7 @@ class KubernetesOptions:
     image: str = option("container image that has prefix-ds in it", "")
     kind: str = option("job, jobset or trainjob", "job")
     namespace: str = option("of the cluster", "default")
-    name: str | None = option("of the job; none: the run's")
+    name: str | None = option("of the job; left out: the run's")
     gpus_per_node: int = option("GPUs of a pod, a rank for each; 0: CPUs", 1)
     gpu_resource: str = option("what the cluster calls a GPU", "nvidia.com/gpu")
     cpu: str = option("CPUs that a pod asks for", "4")
@@ -119,18 +119,18 @@ class KubernetesOptions:
         "taint to bear: KEY, KEY=VALUE or KEY=VALUE:EFFECT", parse=tolerations_of
     )
     spread: str = option("label of nodes to spread pods over; empty: anywhere", "kubernetes.io/hostname")
-    runs_claim: str | None = option("PersistentVolumeClaim of the run folder; none: lost with the pod")
+    runs_claim: str | None = option("PersistentVolumeClaim of the run folder; left out: lost with the pod")
     mount: tuple[Mount, ...] = option(
         "another claim, for data or a base: CLAIM:/FOLDER or CLAIM:/FOLDER:ro", parse=mounts_of
     )
     env_secret: str | None = option("Secret with the values of --env; without --env, all that is in it")
-    service_account: str | None = option("none: one of the job's own, without any right")
+    service_account: str | None = option("left out: one of the job's own, without any right")
     image_pull_secret: str | None = option("Secret for the image's registry")
     user_id: int = option("user and group that the pods run as", 10001)
     grace_seconds: int = option("for a checkpoint when a pod is stopped", 300)
-    restarts: int = option("failures the job survives, times its pods; of all of them together", 3)
+    restarts: int = option("failures a pod may have, on average, before the job is given up", 3)
     queue: str | None = option("Kueue's queue to wait in")
-    ttl_seconds: int | None = option("how long the ended job is kept; none: until it is cancelled")
+    ttl_seconds: int | None = option("how long the ended job is kept; left out: until it is cancelled")
     deadline_seconds: int | None = option("longest time of the job")
 
 

@@ -25,9 +25,9 @@ Gpus = Annotated[
     int, typer.Option(min=0, help="GPUs of each node, with a rank for each; 0: the allocation's, or none")
 ]
 Ranks = Annotated[
-    int | None, typer.Option(help="of each node, where --gpus-per-node does not say it; none: one")
+    int | None, typer.Option(help="of each node, where --gpus-per-node does not say it; left out: one")
 ]
-Cpus = Annotated[int | None, typer.Option(min=1, help="cores of a node, for all its ranks; none: one a rank")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="cores of a node for all ranks; left out: one each")]
 Memory = Annotated[str | None, typer.Option(help="of each node: 200G")]
 Time = Annotated[str | None, typer.Option(help="limit, as sbatch takes it: 4:00:00")]
 Partition = Annotated[str | None, typer.Option(help="where to queue")]
@@ -43,9 +43,9 @@ Env = Annotated[
 Setup = Annotated[list[str] | None, typer.Option(help="a line of bash before the ranks: module load cuda")]
 Sbatch = Annotated[list[str] | None, typer.Option(help="another option of sbatch: --reservation=NAME")]
 Srun = Annotated[list[str] | None, typer.Option(help="another option of srun: --container-image=FILE")]
-Python = Annotated[str | None, typer.Option(help="on every node; none: the path of this one")]
-Port = Annotated[int | None, typer.Option(help="of the first node; none: one made of the job's id")]
-Logs = Annotated[Path | None, typer.Option(help="folder for the job's output; none: RUN-logs")]
+Python = Annotated[str | None, typer.Option(help="on every node; left out: the path of this one")]
+Port = Annotated[int | None, typer.Option(help="of the first node; left out: one made of the job's id")]
+Logs = Annotated[Path | None, typer.Option(help="folder for the job's output; left out: RUN-logs")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the script that would be submitted")]
 
 

@@ -80,7 +80,8 @@ class ModelKeys(Section):
     )
     recompute: Recompute = key(
         False,
-        "compute activations again in the backward pass: all; so many layers' (the lowest); as few as fit",
+        "compute activations again in the backward pass: true: of all layers; N: of the lowest N; auto: of "
+        "as few as fit",
         free=True,
     )
     attention: Literal["auto", "sdpa", "eager"] = key(
@@ -104,7 +105,9 @@ class PrefixKeys(Section):
     init: Literal["text", "random"] = key(
         "text", "start from the keys and values of prefix.text, or from noise"
     )
-    text: str | None = key(None, "the instruction to start from; repeated up to prefix.length")
+    text: str | None = key(
+        None, "the instruction to start from, needed with init text; repeated up to prefix.length"
+    )
     init_std: float = key(0.02, "standard deviation of a random start", gt=0)
     reparam_dim: int = key(
         0, "width of the tanh MLP of Li & Liang (2021) the prefix is trained through; 0 for none", ge=0
@@ -121,7 +124,7 @@ class DataKeys(Section):
         None, "sets templates, lengths and scores that the run file leaves out (docs/tasks.md)", free=True
     )
     train: str | list[str] | None = key(
-        None, "files (.jsonl .csv .parquet .txt, globs) or a hub id, as ORG/NAME?split=train"
+        None, "required: files (.jsonl .csv .parquet .txt, globs) or a hub id, as ORG/NAME?split=train"
     )
     valid: str | list[str] | None = key(None, "files or a hub id, for validation")
     test: str | list[str] | None = key(None, "files or a hub id, for the final scores", free=True)

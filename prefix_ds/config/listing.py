@@ -27,6 +27,7 @@ class KeyRow:
     type: str  # in words, with its bounds
     default: str  # as YAML
     doc: str
+    has_choices: bool  # whether it takes some words only
 
     @property
     def key(self) -> str:
@@ -37,7 +38,14 @@ class KeyRow:
 def key_table() -> list[KeyRow]:
     """Every key, in the order of the page."""
     return [
-        KeyRow(section, name, _type(info), yaml_text(info.default), info.description or "")
+        KeyRow(
+            section,
+            name,
+            _type(info),
+            yaml_text(info.default),
+            info.description or "",
+            _has_choices(info.annotation),
+        )
         for section, fields in sections().items()
         for name, info in fields.items()
     ]
@@ -96,6 +104,13 @@ def _type(info: FieldInfo) -> str:
     return " ".join([words.removesuffix(" or null"), *found]) + (
         " or null" if words.endswith(" or null") else ""
     )
+
+
+def _has_choices(annotation: Any) -> bool:
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return any(isinstance(choice, str) for choice in inner)
+    return bool not in inner and any(map(_has_choices, inner))
 
 
 def _words(annotation: Any) -> str:
