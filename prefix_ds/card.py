@@ -8,6 +8,7 @@ Knows nothing of tensors.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -150,7 +151,20 @@ text = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens
 print(text)
 ```
 
-With prefix-ds: `prefix-ds import THIS_FOLDER RUN`, then `prefix-ds generate RUN --prompt TEXT`.{window}'''
+With prefix-ds: `{_importing(config.data)}`, then `prefix-ds generate RUN --prompt TEXT`.{window}'''
+
+
+def _importing(data: DataKeys) -> str:
+    """With the keys without which a prompt would be read in another way; an adapter does not hold them."""
+    told: dict[str, object] = {"chat": True} if data.is_chat else {}
+    default = DataKeys()
+    told |= {
+        name: getattr(data, name)
+        for name in ("chat_options", "max_length")
+        if getattr(data, name) != getattr(default, name)
+    }
+    words = [f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in told.items()]
+    return shlex.join(["prefix-ds", "import", "THIS_FOLDER", "RUN", *words])
 
 
 def lost_behind(window: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 from tokenizers import AddedToken
@@ -300,6 +301,20 @@ def test_the_exported_card_asks_as_training_did(place, tmp_path):
     code, count = re.subn('"content": ".*?"', '"content": "the dog sees the bird"', code)
     assert count == 1
     assert outcome(code, tmp_path / "adapter") == "the cat\n"
+
+
+def test_the_exported_card_says_how_to_import_it_as_a_chat(place, tmp_path):
+    (ended,) = command("export", place / "run", tmp_path / "adapter")
+    assert ended.code == 0, ended.err
+    line = re.search(
+        "`(prefix-ds import THIS_FOLDER RUN[^`]*)`", (tmp_path / "adapter" / "README.md").read_text()
+    )[1]
+    names = {"THIS_FOLDER": tmp_path / "adapter", "RUN": tmp_path / "back"}
+    words = [names.get(word, word) for word in shlex.split(line)[1:]]
+    (ended,) = command(*words, "model.dtype=float32")
+    assert ended.code == 0, ended.err
+    (ended,) = command("generate", tmp_path / "back", "--prompt", "the dog sees the bird")
+    assert ended.out == "the cat\n"
 
 
 def test_a_base_that_was_never_taught_to_chat(tmp_path):
