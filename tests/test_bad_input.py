@@ -28,7 +28,7 @@ def refused(place):
     ("override", "said"),
     [
         ("train.epoch=3", "'train.epoch=3': unknown key train.epoch; did you mean train.epochs?"),
-        ("trian.lr=3", "'trian.lr=3': unknown key trian; did you mean train?"),
+        ("trian.lr=3", "'trian.lr=...': unknown key trian; did you mean train?"),
         ("prefix.text=\udcff", "'prefix.text=\\udcff': not UTF-8"),
         ("lr=3", "'lr=3': expected section.key=value"),
         ("mflow.uri=http://u:secret@h/", "'mflow.uri=...': unknown key mflow; did you mean mlflow?"),
