@@ -77,7 +77,7 @@ def local(
     ranks = processes or usable_gpus(os.environ)
     if not ranks:
         typer.echo("no GPU of NVIDIA's driver is found: one process; --processes says otherwise", err=True)
-    ranks = ranks or 1
+        ranks = 1
     spec = job_spec(run_file, overrides or [], ranks_per_node=ranks, port=port)
     plan = local_plan(spec, max_restarts=max_restarts, grace_seconds=grace_seconds)
     _show_or_submit(plan, dry_run)

@@ -27,7 +27,16 @@ from prefix_ds.opening import Opened, model_of, open_trained
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, open_run
 from prefix_ds.scores import names_of, scored
-from prefix_ds.tracking import add_metrics
+from prefix_ds.tracking import (
+    add_metrics,
+    best_by,
+    has_facts,
+    histories_of,
+    read_facts,
+    read_metrics,
+    summary,
+    told_mark,
+)
 from prefix_ds.verdicts import Mark
 from prefix_ds.writing import write_outputs
 
@@ -90,12 +99,21 @@ def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:
 
 
 def _opened(folder: RunFolder, config: RunConfig, request: Request, world: World) -> Opened:
-    """The run's model, behind what the request asks for. Every rank calls this."""
+    """The run's model, behind what the request asks for, with its mark. Every rank calls this."""
+    if config.train.method != "prefix":
+        mark = on_first(world, lambda: _model_mark(folder.path))
+        return replace(open_trained(folder, config, world), mark=mark)
     opened = open_trained(folder, config, world, with_prefix=request.front == "trained")
     if request.front != "instruction":
         return opened
     start = initial_prefix(opened.lm, config.prefix, opened.tokenizer, config.train.seed, world.device)
     return replace(opened, table_PD=start.table().detach(), slots=start.slots)
+
+
+def _model_mark(run: Path) -> Mark:
+    """Of a run's model, which says nothing of itself, as its metrics have it."""
+    params = read_facts(run).params if has_facts(run) else {}
+    return told_mark(summary(histories_of(read_metrics(run)), None, best_by(params)))
 
 
 def _check_reach(opened: Opened, examples: Examples, config: RunConfig) -> None:

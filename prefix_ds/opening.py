@@ -7,7 +7,6 @@ own model folder, with nothing in front. Knows nothing of what it is used for.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +23,6 @@ from prefix_ds.model import PrefixLM
 from prefix_ds.prefix import Slot, table_of
 from prefix_ds.result import config_digest, num_layers
 from prefix_ds.run_folder import RunFolder
-from prefix_ds.tracking import best_by, has_facts, histories_of, read_facts, read_metrics, summary, told_mark
 from prefix_ds.verdicts import Mark
 
 log = logging.getLogger(__name__)
@@ -39,13 +37,12 @@ class Opened:
     slots: Sequence[Slot]
     tokenizer: Any
     sharded: Sharded  # keeps DeepSpeed's engine alive
-    mark: Mark = field(default_factory=Mark)  # of what was trained, as it was when it was read
+    mark: Mark = field(default_factory=Mark)  # of the prefix that was read
 
 
 def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_prefix: bool = True) -> Opened:
     """The model of a run, with its best prefix or without. Raises PrefixError. Every rank calls this."""
     keys = model_of(folder, config)
-    mark = Mark() if config.train.method == "prefix" else together(lambda: _model_mark(folder.path))
     together(lambda: check_folder(keys))
     settings = deepspeed_settings(config, world.size)
     tokenizer = together(lambda: load_tokenizer(keys, config.data))
@@ -53,7 +50,7 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     shards = sharded(in_shards(base, settings), settings)
     lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)
     if config.train.method != "prefix" or not with_prefix:
-        return Opened(lm, None, (), tokenizer, shards, mark)
+        return Opened(lm, None, (), tokenizer, shards)
     table_PD, slots, mark = together(lambda: _saved_table(folder, config, lm))
     return Opened(lm, table_PD.to(world.device), slots, tokenizer, shards, mark)
 
@@ -64,12 +61,6 @@ def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
         return config.model
     own: dict[str, Any] = {"name": str(folder.model), "revision": None, "tokenizer": None, "config": {}}
     return config.model.model_copy(update=own)
-
-
-def _model_mark(run: Path) -> Mark:
-    """Of a run's model, which says nothing of itself, as its metrics have it."""
-    params = read_facts(run).params if has_facts(run) else {}
-    return told_mark(summary(histories_of(read_metrics(run)), None, best_by(params)))
 
 
 def _saved_table(folder: RunFolder, config: RunConfig, lm: PrefixLM) -> tuple[Tensor, tuple[Slot, ...], Mark]:

@@ -88,8 +88,8 @@ def append_record(run: Path, step: int, values: Mapping[str, float]) -> None:
     """Adds one record behind those of a run, whoever else is writing. Raises RunError."""
     path = run / FILE
     with telling_disk_errors(path), path.open("a+b") as file:
-        line = _line(Record(step, time.time(), dict(values)))
-        file.write(f"{'' if _ends_whole(file) else chr(10)}{line}".encode())
+        end = "" if _ends_whole(file) else "\n"
+        file.write((end + _line(Record(step, time.time(), dict(values)))).encode())
 
 
 def _ends_whole(file: BinaryIO) -> bool:
