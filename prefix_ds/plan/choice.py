@@ -26,6 +26,11 @@ class Choice:
     plain: Estimate  # without recomputation
     found: Estimate
 
+    @property
+    def fits(self) -> bool:
+        """Whether what was found does; it may be all layers, and too little."""
+        return self.found.total_bytes <= self.limit_bytes
+
     def line(self) -> str:
         """For the log, or for a plan."""
         number = {"True": "all", "False": "none"}.get(str(self.again), str(self.again))
@@ -34,7 +39,7 @@ class Choice:
         if self.again:
             more = self.found.flops / self.plain.flops - 1
             text += f" ({_gib(self.plain.total_bytes)} without; {more:.0%} more arithmetic)"
-        too_much = "" if self.found.total_bytes <= self.limit_bytes else ", which is too little"
+        too_much = "" if self.fits else ", which is too little"
         return f"{text}, {_gib(self.limit_bytes)} a device may use{too_much}"
 
 

@@ -48,8 +48,7 @@ def _decided(
     except ModelError as error:
         log.warning("model.recompute: auto: all layers are computed again, as %s", error)
         return True
-    fits = choice.found.total_bytes <= device.usable_bytes
-    log.log(logging.INFO if fits else logging.WARNING, "%s", choice.line())
+    log.log(logging.INFO if choice.fits else logging.WARNING, "%s", choice.line())
     write_text_atomically(folder.recompute_file, json.dumps({"recompute": choice.again}) + "\n")
     return choice.again
 
