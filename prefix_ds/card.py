@@ -80,10 +80,14 @@ def _origin(part: Part) -> list[tuple[str, str]]:
 
 def _training(part: Part) -> list[tuple[str, str]]:
     config, facts, train = part.config, part.facts, part.config.train
-    start = f"the keys and values of `{_line(config.prefix.text)}`"
+    starts = {
+        "text": f"the keys and values of `{_line(config.prefix.text)}`",
+        "vocabulary": "the keys and values of tokens drawn from the vocabulary",
+        "random": "noise",
+    }
     rows = [
         ("base in training", f"{config.model.dtype}, {config.model.bits} bits"),
-        ("started from", start if config.prefix.init == "text" else "noise"),
+        ("started from", starts[config.prefix.init]),
         ("training data", _source(config.data.train)),
         ("validation data", _source(config.data.valid)),
         ("prompt", f"`{_line(config.data.prompt)}`"),

@@ -83,7 +83,7 @@ def check_request(config: RunConfig, request: Request) -> None:
             f"train.method: {config.train.method}: all weights were trained; there is no prefix to leave out"
         )
     if request.front == "instruction" and config.prefix.init != "text":
-        raise ConfigError("prefix.init: random: this run started from noise; there is no instruction")
+        raise ConfigError(f"prefix.init: {config.prefix.init}: this run did not start from an instruction")
 
 
 def _tokenizer(folder: RunFolder, config: RunConfig) -> Any:

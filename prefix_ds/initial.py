@@ -1,10 +1,13 @@
-"""What a prefix starts from: the keys and values of a text, or noise.
+"""What a prefix starts from: the keys and values of a text, of tokens from the vocabulary, or noise.
 
 The keys and values that a frozen model computes for real tokens *are* those tokens to everything behind them,
 so training starts at exactly the quality of the written instruction. A prefix longer than its text holds the
 text several times over, cut at the front, so that the last words before the input are the text's last words;
 the tokenizer's leading special token (bos), which most models use as a place to attend to when there is
 nothing to attend to, stays first.
+
+Tokens drawn at random say nothing, but what the model computes for them has the size, in each layer, of what
+it computes for any text (as Lester et al. 2021 start a prompt); noise has the same size in all.
 
 Knows nothing of engines or files.
 """
@@ -53,8 +56,7 @@ def text_tokens(tokenizer: Any, text: str, length: int | None) -> list[int]:
     special = set(tokenizer.all_special_ids)
     while ids and ids[-1] in special:  # [SEP], </s>: the text goes on
         ids.pop()
-    start = next((n for n, token in enumerate(ids) if token not in special), len(ids))
-    lead, words = ids[:start], ids[start:]
+    lead, words = _parted(ids, special)
     if not words:
         raise ConfigError(f"prefix.text: {text!r}: gives no tokens")
     if length is None:
@@ -67,13 +69,38 @@ def text_tokens(tokenizer: Any, text: str, length: int | None) -> list[int]:
     return lead + (words * (room // len(words) + 1))[-room:]
 
 
+def vocabulary_tokens(tokenizer: Any, length: int, seed: int, vocab_size: int) -> list[int]:
+    """As many tokens, drawn from all that are not special, behind the special one that leads.
+
+    Raises ConfigError where there are none.
+    """
+    special = set(tokenizer.all_special_ids)
+    lead, _ = _parted(list(tokenizer("a").input_ids), special)
+    left_out = special | set(tokenizer.added_tokens_decoder)
+    words = sorted({n for n in tokenizer.get_vocab().values() if n < vocab_size} - left_out)
+    if not words:
+        raise ConfigError("prefix.init: vocabulary: the tokenizer has special tokens only")
+    drawn = torch.randint(len(words), (length,), generator=torch.Generator().manual_seed(seed))
+    return (lead + [words[n] for n in drawn.tolist()])[:length]
+
+
+def _parted(ids: list[int], special: set[int]) -> tuple[list[int], list[int]]:
+    """The special tokens that lead, and the rest."""
+    start = next((n for n, token in enumerate(ids) if token not in special), len(ids))
+    return ids[:start], ids[start:]
+
+
 def _table(
     lm: PrefixLM, slots: Sequence[Slot], keys: PrefixKeys, tokenizer: Any, seed: int, device: torch.device
 ) -> Tensor:
     if keys.init == "random":
         assert keys.length is not None
         return random_table(slots, keys.length, keys.init_std, seed)
-    tokens = text_tokens(tokenizer, keys.text or "", keys.length)
+    if keys.init == "vocabulary":
+        assert keys.length is not None
+        tokens = vocabulary_tokens(tokenizer, keys.length, seed, lm.vocab_size)
+    else:
+        tokens = text_tokens(tokenizer, keys.text or "", keys.length)
     lm.check_length(len(tokens), "prefix.length")
     table_PD = table_of(lm.keys_values_of(torch.tensor([tokens], device=device), slots))
     return from_first(table_PD)  # ranks round differently, and all that they exchange later is gradients

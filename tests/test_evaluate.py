@@ -243,7 +243,7 @@ def test_a_mistake_is_one_line(run, tmp_path):
     assert "evaluate.scores.1: 'rogue': Input should be 'rouge', 'rouge1', 'rouge2', 'rougeL', 'bleu'" in line
     assert refused("--without-prefix", "--instruction").startswith("--without-prefix and --instruction: one")
     words = ["prefix.init=random", "prefix.length=3", "--instruction"]
-    assert refused(*words) == "prefix.init: random: this run started from noise; there is no instruction"
+    assert refused(*words) == "prefix.init: random: this run did not start from an instruction"
     line = refused("train.method=full", "--without-prefix")
     assert line == "train.method: full: all weights were trained; there is no prefix to leave out"
     assert not (run / "evaluate").exists()

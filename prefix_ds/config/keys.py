@@ -102,8 +102,9 @@ class PrefixKeys(Section):
     """The trained keys and values."""
 
     length: int | None = key(None, "positions; empty takes the length of prefix.text", ge=1, le=2**20)
-    init: Literal["text", "random"] = key(
-        "text", "start from the keys and values of prefix.text, or from noise"
+    init: Literal["text", "vocabulary", "random"] = key(
+        "text",
+        "start from the keys and values of prefix.text, of tokens from the vocabulary, or from noise",
     )
     text: str | None = key(
         None, "the instruction to start from, needed with init text; repeated up to prefix.length"
@@ -304,10 +305,12 @@ class RunConfig(Section):
             return self
         if self.prefix.init == "text" and not self.prefix.text:
             raise ValueError(
-                "prefix.text: missing; write the instruction to start from, or set prefix.init: random"
+                "prefix.text: missing; write the instruction to start from, or set prefix.init: vocabulary"
             )
-        if self.prefix.init == "random" and self.prefix.length is None:
-            raise ValueError("prefix.length: missing; a random start has no text to take its length from")
+        if self.prefix.init != "text" and self.prefix.length is None:
+            raise ValueError(
+                f"prefix.length: missing; prefix.init: {self.prefix.init} has no text to take its length from"
+            )
         return self
 
     @model_validator(mode="after")
