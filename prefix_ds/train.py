@@ -42,6 +42,7 @@ from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import Settings, deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded, sharded_construction, sharded_with_optimizer
 from prefix_ds.engine.vetting import vet
+from prefix_ds.engine.whole import whole_if_alone
 from prefix_ds.evaluation import Sample, sampled
 from prefix_ds.files import whole_folder, write_text_atomically
 from prefix_ds.initial import initial_prefix
@@ -128,7 +129,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
         )
     )
     bar = progress_bar("training", stream.num_steps, done=start.step, is_visible=world.is_first)
-    with tracker, bar as shown, ahead, sweep or contextlib.nullcontext():
+    with tracker, bar as shown, ahead, sweep or contextlib.nullcontext(), whole_if_alone(trained.base, world):
         run = Run(trained.engine, ahead, sweep, sample, tracker, shown, memory, stop, gauge)
         end = fit(run, config.train, config.run, config.evaluate, start)
         wait_for_all()

@@ -327,7 +327,7 @@ def attended_by_reference(query, key, value, q_ends, k_ends, *_: Any, scale, win
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "deepseek_v3"])
 def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is none of a CPU's: what is handed to it is tested, by a reference in its place."""
     lm, calls = PrefixLM(tiny(family)), []
@@ -339,7 +339,7 @@ def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pyte
     )
     monkeypatch.setattr(varlen, "is_for", lambda *_: True)
     found = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
-    assert len(calls) == 2 * 4
+    assert len(calls) == 2 * len(lm.slots)
     for (loss, grad_PD), (true_loss, true_PD) in zip(found, want, strict=True):
         assert distance(loss, true_loss) < EXACT
         assert distance(grad_PD, true_PD) < EXACT
@@ -389,6 +389,20 @@ def test_a_kernel_for_gpus_is_given_only_what_it_takes(
     assert not varlen.is_for(*text, layout), "the meta device stands for itself"
     with meta_stands_for("cuda"):
         assert varlen.is_for(*text, layout) == takes
+
+
+def test_values_narrower_than_keys_are_filled_up_for_a_kernel() -> None:
+    layout = apart.Layout([Document(0, 0, 9)], Causal(), frozenset(), 1.0)
+
+    def taken(query: int, key: int, value: int) -> bool:
+        sizes = (query, key, value)
+        text = [torch.empty(1, 2, 9, size, dtype=torch.bfloat16, device="meta") for size in sizes]
+        with meta_stands_for("cuda"):
+            return varlen.is_for(text[0], text[1], text[2], layout)
+
+    assert taken(192, 192, 128)
+    assert not taken(128, 128, 192)
+    assert not taken(192, 128, 128)
 
 
 def lacking_last_targets(batch: Batch, count: int) -> Batch:
@@ -458,6 +472,23 @@ def test_a_norm_that_keeps_little_gives_what_it_gave(family: str, monkeypatch: p
         with kept() as numbers:
             ours(hidden.requires_grad_())
         assert sum(numbers) == hidden.nbytes + len(hidden.flatten(0, -2)) * 4  # and its weight
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-1])
+def test_a_gpu_s_kernel_gives_a_norm_that_keeps_as_little(epsilon: float) -> None:
+    """torch has the same function for CPUs, though not the same kernel."""
+    numbers = torch.randn(2, 7, 64).bfloat16()
+    weight_D, way = torch.randn(64).bfloat16(), norms._Way(epsilon, 0.0, late=True)
+    found = []
+    for ours in (
+        lambda h: norms.fused(h, weight_D, epsilon),
+        lambda h: norms._Normed.apply(h, weight_D, way),
+    ):
+        hidden = numbers.clone().requires_grad_()
+        out = ours(hidden)
+        found.append((out, torch.autograd.grad((out * out.detach()).sum(), hidden)[0]))
+    for mine, its in zip(*found, strict=True):
+        assert distance(mine.double(), its.double()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_a_norm_of_another_kind_is_left_alone() -> None:

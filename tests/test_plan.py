@@ -262,6 +262,12 @@ def test_the_same_for_programs(run_file, capsys):
     assert [way["overrides"] for way in data["ways"]][:2] == [[], ["model.recompute=true"]]
 
 
+def test_what_is_computed_again_is_not_gathered_again(run_file, capsys):
+    """A layer comes once for each pass."""
+    plain, other = json.loads(told(capsys, "plan", run_file, "--json"))["estimates"].values()
+    assert other["traffic"]["gathered_bytes"] < 1.02 * plain["traffic"]["gathered_bytes"]
+
+
 def test_ways_are_what_a_plan_of_them_says(run_file, capsys):
     def data_of(*words):
         return json.loads(told(capsys, "plan", run_file, *words, "--json"))

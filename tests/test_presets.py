@@ -18,6 +18,7 @@ import transformers
 
 from prefix_ds.config import config_text, parse_config
 from prefix_ds.dist import joined_world
+from prefix_ds.engine import pinned
 from prefix_ds.engine.disk import _own_folder, check_space, with_own_folder
 from prefix_ds.engine.pinned import PinnedBlocks
 from prefix_ds.engine.settings import deepspeed_settings, preset_names
@@ -257,6 +258,20 @@ def test_shards_of_a_job_that_runs_stay(tmp_path, monkeypatch, has_locks):
     os.utime(running, (0, 0))
     assert _own_folder(tmp_path) != running
     assert running.is_dir()
+
+
+def test_what_is_left_of_a_block_of_pinned_memory_is_filled_later(monkeypatch):
+    monkeypatch.setattr(pinned, "_BLOCK_BYTES", 1024)
+    blocks, made, empty = PinnedBlocks(10_000, pin=False), [], torch.empty
+
+    def counted(size, **options):
+        made.append(size)
+        return empty(size, **options)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    for size in (640, 640, 384, 384, 2048, 1024):
+        blocks.empty(size, torch.int8)
+    assert made == [1024, 1024, 2048, 1024]
 
 
 def test_pieces_of_pinned_memory_lie_side_by_side():

@@ -19,6 +19,7 @@ from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
+from prefix_ds.engine.sizing import fetched_at_once
 from prefix_ds.int8.product import times_columns, times_rows
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
@@ -114,14 +115,16 @@ def sharded_base(folder, bits, world):
 
 
 def gathered_mib(module):
-    """What the widest module has of its own, what may be fetched ahead of it, and the parameter that passes
-    the limit; twice, as gathered and as put in order."""
+    """The widest of what comes at once, a layer or a module's own, or all that may be there before nothing
+    more is fetched ahead; and the parameter that passes the limit; twice, as gathered and as put in order."""
+    layers = fetched_at_once(module)
     sizes = [
-        sum(p.ds_numel * p.element_size() for p in m.parameters(recurse=False)) for m in module.modules()
+        sum(p.ds_numel * p.element_size() for p in m.parameters(recurse=m in layers))
+        for m in module.modules()
     ]
     largest = max(p.ds_numel * p.element_size() for p in module.parameters())
     width = max(p.element_size() for p in module.parameters() if not p.ds_persist)
-    return 2 * (max(sizes) + LIVE * width + largest) / MIB
+    return 2 * (max(*sizes, LIVE * width) + largest) / MIB
 
 
 def allowed(terms):

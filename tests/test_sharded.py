@@ -5,6 +5,7 @@ scaled embeddings, sinks, low-rank keys, a window, parameters that one module re
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,17 @@ import torch
 from prefix_ds.config import parse_config
 from prefix_ds.dist import joined_world
 from prefix_ds.engine.filling import _place_buffers, in_shards
+from prefix_ds.engine.pace import keep_pace
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
 from prefix_ds.initial import initial_prefix
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.recompute import repeatable_layers
 from prefix_ds.model.trial import Trial
-from prefix_ds.prefix import table_of
+from prefix_ds.prefix import random_table, table_of
 from tests.laws import whole_batch
+from tests.planned import Case, config_of, engine_of, share_of
 from tests.ranks import on_ranks
 from tests.tiny_models import SIZES, SPECIAL, tiny
 
@@ -151,3 +155,50 @@ def assert_as_whole(folder, families, recompute):
         for name in families:
             for mine, expected in zip(found[name], whole[name][rank], strict=True):
                 assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+class Place:
+    """An event of a device that has done nothing yet: who waits for it is written down."""
+
+    def __init__(self, told):
+        self.told, self.number = told, len([word for word, _ in told if word == "queued"])
+
+    def record(self):
+        self.told.append(("queued", self.number))
+
+    def synchronize(self):
+        self.told.append(("waited for", self.number))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_host_stays_two_layers_ahead_of_the_device(again):
+    base, told = tiny("llama").requires_grad_(False), []
+    layers = repeatable_layers(base)
+    keep_pace(layers, lambda: Place(told))
+    lm = PrefixLM(base, recompute=again)
+    trial = len(told)
+    lm.loss(batch(0), random_table(lm.slots, 3, 0.1, seed=0).requires_grad_(), lm.slots).backward()
+    queued = [number for word, number in told[trial:] if word == "queued"]
+    assert len(queued) == 2 * len(layers)
+    for (word, number), following in pairwise(told):
+        if word == "waited for":
+            assert following == ("queued", number + 2)
+    assert told[trial:].count(("waited for", queued[-1] - 2)) == 1
+
+
+def test_modules_that_recomputation_leaves_early_are_not_kept(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    (lengths,) = on_ranks(1, modules_kept, tmp_path)
+    assert len(set(lengths)) == 1
+
+
+def modules_kept(folder):
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    case, lengths = Case("llama", ranks=1, rows=2, length=9, words=("model.recompute=true",)), []
+    with joined_world() as world:
+        engine, share = engine_of(config_of(case, folder), case, world), share_of(case, 90)
+        for _ in range(3):
+            engine.step(share, 1e-3)
+            lengths.append(len(FWD_MODULE_STACK))
+        return lengths

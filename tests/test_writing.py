@@ -15,7 +15,7 @@ from prefix_ds.dist import joined_world
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
-from prefix_ds.engine.whole import bytes_to_gather, whole
+from prefix_ds.engine.whole import bytes_to_gather, whole, whole_if_alone
 from prefix_ds.errors import ConfigError
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM, attention, steps
@@ -167,25 +167,47 @@ def pointers_while_whole(folder):
         return all(same), bytes_to_gather(shards, world.device)
 
 
+def test_a_rank_alone_needs_no_hooks_to_train(tmp_path):
+    base_folder(tmp_path / "base")
+    ((outside, alone, inner, after),) = on_ranks(1, hooks_alone, tmp_path / "base")
+    assert alone == inner < outside == after
+
+
+def hooks_alone(folder):
+    with joined_world() as world:
+        shards, _ = base_in_shards(folder, world)
+        counts = [num_hooks(shards)]
+        with whole_if_alone(shards, world):
+            counts.append(num_hooks(shards))
+            with whole(shards):  # to write something meanwhile
+                pass
+            counts.append(num_hooks(shards))
+        return (*counts, num_hooks(shards))
+
+
+def test_of_two_ranks_each_needs_its_hooks(tmp_path):
+    base_folder(tmp_path / "base")
+    for outside, alone, *_ in on_ranks(2, hooks_alone, tmp_path / "base"):
+        assert alone == outside
+
+
 def test_hooks_are_where_they_were(tmp_path):
     base_folder(tmp_path / "base")
-    (found,) = on_ranks(1, hooks_around, tmp_path / "base")
-    before, inside, after = found
-    assert before == after
-    assert inside < before
+    ((before, inside, after),) = on_ranks(1, hooks_around, tmp_path / "base")
+    assert inside < before == after
 
 
 def hooks_around(folder):
     with joined_world() as world:
         shards, _ = base_in_shards(folder, world)
-
-        def count():
-            return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in shards.module.modules())
-
-        before = count()
+        before = num_hooks(shards)
         with whole(shards):
-            inside = count()
-        return before, inside, count()
+            inside = num_hooks(shards)
+        return before, inside, num_hooks(shards)
+
+
+def num_hooks(shards):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in shards.module.modules())
 
 
 def rows_of_steps(lm, ends):

@@ -8,8 +8,9 @@ Three greedy steps, all of them deterministic:
    how few rows are enough, and then LPT into that many rows, kept if it fits: rows of equal length, which
    need no padding. Where attention costs the square of a row, rows are as long as an example may be; where
    each document attends alone, a row is a micro-batch, and there is nothing to pad.
-3. *Group*: rows, longest first, into micro-batches of at most `micro_batch_tokens` padded tokens. The ranks'
-   largest micro-batches so run at the same time.
+3. *Group*: rows, longest first, into micro-batches of at most `micro_batch_tokens` tokens, padded to the
+   longest (and by a thirty-second beyond it, `collate`). The ranks' largest micro-batches so run at the same
+   time.
 
 Dealing whole rows (packing for all ranks first) was rejected: a row is a coarse coin. With 64 examples of
 about 100 tokens on 32 ranks and rows of 1024, it costs 3.4 times as much; with many examples a rank, both are

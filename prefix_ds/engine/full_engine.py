@@ -21,7 +21,7 @@ from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed, together
 from prefix_ds.engine.prefix_engine import mean_loss, read_once, refuse_nonsense
 from prefix_ds.engine.saving import saving_parameters
-from prefix_ds.engine.sharding import Sharded, whole_tensors
+from prefix_ds.engine.sharding import Sharded, no_modules_left, whole_tensors
 from prefix_ds.engine.step import StepReport
 from prefix_ds.engine.waiting import waiting
 from prefix_ds.errors import RunError
@@ -42,7 +42,7 @@ class FullEngine:
 
     def step(self, share: Share, lr: float) -> StepReport:
         """One optimizer step on this rank's share of the global batch. Every rank calls this."""
-        with waiting(self.world.device) as waited, masks_unread():
+        with waiting(self.world.device) as waited, masks_unread(), no_modules_left():
             loss, norm = self._updated(share, lr)
         refuse_nonsense(loss, norm)
         return StepReport(loss, norm, share.global_tokens, waited.seconds)

@@ -19,6 +19,7 @@ from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed
 from prefix_ds.engine.saving import saving_parameters
+from prefix_ds.engine.sharding import no_modules_left
 from prefix_ds.engine.step import StepReport
 from prefix_ds.engine.waiting import waiting
 from prefix_ds.errors import RunError
@@ -53,7 +54,7 @@ class PrefixEngine:
 
     def step(self, share: Share, lr: float) -> StepReport:
         """One optimizer step on this rank's share of the global batch. Every rank calls this."""
-        with waiting(self.world.device) as waited, masks_unread():
+        with waiting(self.world.device) as waited, masks_unread(), no_modules_left():
             loss, norm = self._gradient(share)
         refuse_nonsense(loss, norm)
         for group in self.optimizer.param_groups:

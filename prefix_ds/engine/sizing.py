@@ -3,8 +3,8 @@
 A key that the DeepSpeed file leaves out gets its value here; one that it gives stays. DeepSpeed's defaults
 are numbers for one size of model: of a small one they gather all at once, and of a large one hardly a layer.
 
-*Gathered at a time* (`stage3_max_live_parameters`) is a layer and a half: while half a layer computes, the
-next half is on its way, whatever the layer's size. *A call* (`stage3_prefetch_bucket_size`) brings a quarter
+*Gathered at a time* (`stage3_max_live_parameters`) is a layer and a half: while one computes, the next one's
+beginning is on its way, whatever the layer's size. *A call* (`stage3_prefetch_bucket_size`) brings a quarter
 of a layer: fewer would wait for latencies, and what comes together lies twice in memory until it is used.
 *Whole on every rank* (`stage3_param_persistence_threshold`) are the smallest parameters, as many as make up
 one part in a hundred of the model: norms and biases, whose gathering costs more than holding them. All three
@@ -41,6 +41,14 @@ def sizes_of(base: nn.Module) -> Sizes:
     """The sizes of a base, whole or in shards."""
     layers = tuple(sum(_numbers(layer.parameters())) for layer in repeatable_layers(base))
     return Sizes(_numbers(base.parameters()), layers)
+
+
+def fetched_at_once(base: nn.Module) -> list[nn.Module]:
+    """The layers whose parameters come and go together, in place of one module's after another's.
+
+    Not the lowest: nothing below it has a gradient, so DeepSpeed would not learn that it is done with.
+    """
+    return repeatable_layers(base)[1:]
 
 
 def sized(settings: Settings, sizes: Sizes) -> Settings:

@@ -14,12 +14,12 @@ These are internals of DeepSpeed 0.19; `tests/test_writing.py` holds them. Knows
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from prefix_ds.dist import peers_may_die
+from prefix_ds.dist import World, peers_may_die
 from prefix_ds.engine.sharding import Sharded
 
 
@@ -27,11 +27,14 @@ from prefix_ds.engine.sharding import Sharded
 def whole(base: Sharded) -> Iterator[None]:
     """Inside, each rank has the whole base and runs it for itself. Every rank calls this, and leaves it.
 
-    The base must not lie on a disk, and nothing may be trained meanwhile.
+    The base must not lie on a disk, and none of its weights may be trained meanwhile. Inside another, nothing
+    is done.
     """
     assert not base.bytes_on_disk()
-    optimizer = base.engine.optimizer
-    offload = getattr(optimizer, "parameter_offload", optimizer)
+    offload = _offload(base)
+    if not _is_on(offload.fwd_pre_hook):
+        yield
+        return
     parameters = [p for p in base.module.parameters() if hasattr(p, "ds_tensor")]
     offload.partition_all_parameters()  # also what was gathered ahead, and what stays whole: all begin alike
     with _without([*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]):
@@ -43,6 +46,13 @@ def whole(base: Sharded) -> Iterator[None]:
         finally:
             for parameter in parameters:
                 _let_go(parameter)
+
+
+def whole_if_alone(base: Sharded, world: World) -> AbstractContextManager[None]:
+    """The same for a frozen base that this rank, the only one, has on its device; else nothing is done."""
+    is_frozen = _offload(base) is base.engine.optimizer
+    has_all = world.size == 1 and not base.bytes_on_disk() and not bytes_to_gather(base, world.device)
+    return whole(base) if is_frozen and has_all else nullcontext()
 
 
 def bytes_to_gather(base: Sharded, device: torch.device) -> int:
@@ -63,6 +73,16 @@ def _gather(parameter: Any) -> None:
 def _let_go(parameter: Any) -> None:
     if parameter.ds_status.name == "AVAILABLE":  # not where a peer died on the way
         parameter.partition()
+
+
+def _offload(base: Sharded) -> Any:
+    """DeepSpeed's object that has the hooks; of a frozen base it stands in for an optimizer."""
+    optimizer = base.engine.optimizer
+    return getattr(optimizer, "parameter_offload", optimizer)
+
+
+def _is_on(handle: Any) -> bool:
+    return handle.id in (handle.hooks_dict_ref() or ())
 
 
 @contextmanager

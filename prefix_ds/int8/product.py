@@ -109,7 +109,8 @@ def product_of(x: Tensor, weight: Tensor, scale: Tensor, index: int | None, by_r
 
 def _by_rows(x_MK: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MR: Tensor) -> None:
     for tile in _tiles(len(matrix_RK), matrix_RK.shape[1], x_MK.device):
-        result_MR[:, tile] = (x_MK @ matrix_RK[tile].to(x_MK.dtype).t()).mul_(scale_R[tile])
+        product_MR = x_MK @ matrix_RK[tile].to(x_MK.dtype).t()
+        torch.mul(product_MR, scale_R[tile], out=result_MR[:, tile])
 
 
 def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MK: Tensor) -> None:
@@ -117,7 +118,7 @@ def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MK: Ten
     for rows in _tiles(len(x_MR), x_MR.shape[1], x_MR.device):  # their product with the scales is in float32
         scaled_MR[rows] = x_MR[rows] * scale_R
     for tile in _tiles(matrix_RK.shape[1], len(matrix_RK), x_MR.device):
-        result_MK[:, tile] = scaled_MR @ matrix_RK[:, tile].to(x_MR.dtype)
+        torch.mm(scaled_MR, matrix_RK[:, tile].to(x_MR.dtype), out=result_MK[:, tile])
 
 
 def _tiles(length: int, width: int, device: torch.device) -> list[slice]:

@@ -6,8 +6,8 @@ prefix is so many more keys in front of each document: it is copied for each, wh
 scores, and nothing has to be put together afterwards.
 
 A window would hide the prefix, so layers whose window is shorter than a document are left to `apart`. So is
-all that the kernel does not take: float32, large heads or ones of odd sizes, keys and values of two sizes,
-GPUs before Ampere.
+all that the kernel does not take: float32, large heads or ones of odd sizes, GPUs before Ampere. It wants
+keys and values of one size; values that are narrower, as latent attention has them, are filled with zeros.
 
 Knows nothing of modules, and of masks no more than their pattern.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import varlen
 
 from prefix_ds.data.batch import Document, sent
@@ -35,8 +36,9 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes these."""
     longest = max((document.length for document in layout.documents), default=0)
     sees_all = layout.pattern.window is None or longest <= layout.pattern.window
-    sizes = {tensor.shape[-1] for tensor in (query, key, value)}
-    fits = len(sizes) == 1 and max(sizes) <= _LARGEST_HEAD and max(sizes) % _HEADS_ARE_MULTIPLES_OF == 0
+    size = key.shape[-1]
+    is_filled = query.shape[-1] == size >= value.shape[-1]
+    fits = is_filled and size <= _LARGEST_HEAD and size % _HEADS_ARE_MULTIPLES_OF == 0
     can_be = fits and sees_all and longest > 0 and query.dtype in _TYPES
     return can_be and device_type(query) == "cuda" and _is_new_enough(query.device)
 
@@ -52,11 +54,12 @@ def attended(
 ) -> Tensor:
     """As `apart.attended`."""
     num_rows, num_heads, length, size = query_BNTH.shape
+    width = value_BKTH.shape[-1]
     course = _course(
         tuple(layout.documents), layout.rows_with_front, front[0].shape[1], length, query_BNTH.device
     )
     key_SKH, value_SKH = (
-        _Joined.apply(before.transpose(0, 1), _flat(text), course)  # type: ignore[no-untyped-call]
+        _filled_up(_Joined.apply(before.transpose(0, 1), _flat(text), course), size)  # type: ignore[no-untyped-call]
         for before, text in zip(front, (key_BKTH, value_BKTH), strict=True)
     )
     seen_QNH: Any = varlen.varlen_attn(
@@ -71,9 +74,9 @@ def attended(
         window_size=(-1, 0),
         enable_gqa=num_heads != key_BKTH.shape[1],
     )
-    nothing = query_BNTH.new_zeros(num_rows * length, num_heads, size)
-    whole: Tensor = nothing.index_copy(0, course.queries, seen_QNH)
-    return whole.view(num_rows, length, num_heads, size)
+    nothing = query_BNTH.new_zeros(num_rows * length, num_heads, width)
+    whole: Tensor = nothing.index_copy(0, course.queries, seen_QNH[..., :width])
+    return whole.view(num_rows, length, num_heads, width)
 
 
 class _Joined(torch.autograd.Function):
@@ -134,6 +137,11 @@ def _course(
 
 def _borders(sequences: Sequence[Tensor]) -> Tensor:
     return torch.tensor(list(accumulate(map(len, sequences), initial=0)), dtype=torch.int32)
+
+
+def _filled_up(narrow_SKH: Tensor, size: int) -> Tensor:
+    missing = size - narrow_SKH.shape[-1]
+    return functional.pad(narrow_SKH, (0, missing)) if missing else narrow_SKH
 
 
 def _flat(rows_BNTH: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prefix_ds.config import ModelKeys
 from prefix_ds.data.batch import Batch, Document
-from prefix_ds.engine.sizing import Sizes, sizes_of
+from prefix_ds.engine.sizing import Sizes, fetched_at_once, sizes_of
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
@@ -93,8 +93,8 @@ class Stage:
         self._base = base
         self._weights = tuple(Weights(w.numel(), w.element_size()) for w in number)
         self._held = {
-            name: tuple(number[w] for w in module.parameters(recurse=_is_one(module)))
-            for name, module in _hooked(base)
+            name: tuple(number[w] for w in module.parameters(recurse=is_one))
+            for name, module, is_one in _hooked(base)
         }
         self._buffer_bytes = sum(b.numel() * b.element_size() for b in base.buffers())
         self._sizes = sizes_of(base)
@@ -227,15 +227,17 @@ LEAVES = {
 }
 
 
-def _is_one(module: nn.Module) -> bool:
-    return f"{type(module).__module__}.{type(module).__name__}" in LEAVES
+def _hooked(base: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """The modules that DeepSpeed looks at, by name, and whether one stands for all below it."""
+    layers = set(fetched_at_once(base))
 
+    def below(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, bool]]:
+        is_one = module in layers or f"{type(module).__module__}.{type(module).__name__}" in LEAVES
+        yield name, module, is_one
+        for child, inner in () if is_one else module.named_children():
+            yield from below(inner, f"{name}.{child}" if name else child)
 
-def _hooked(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that DeepSpeed looks at, by name."""
-    yield name, module
-    for child, below in () if _is_one(module) else module.named_children():
-        yield from _hooked(below, f"{name}.{child}" if name else child)
+    return below(base, "")
 
 
 class _Notes:
@@ -244,7 +246,7 @@ class _Notes:
     def __init__(self, base: nn.Module, meter: Meter) -> None:
         self._meter = meter
         self._seen: list[tuple[Moment, Alive, Alive, int]] = []
-        for name, module in _hooked(base):
+        for name, module, _ in _hooked(base):
             _hook(module, name, self._mark)
 
     def _mark(self, module: str, is_fetch: bool, is_forward: bool) -> None:
