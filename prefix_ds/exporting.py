@@ -94,7 +94,8 @@ def _slim_copy(run: Path, config: RunConfig, place: Path) -> Path:
     DeepSpeed file, if it has one of its own. Raises PrefixError."""
     slim = RunFolder(place / "run")
     slim.prefix.mkdir(parents=True)
-    write_config(slim, config.model_copy(update={"mlflow": MlflowKeys(uri=None)}))
+    unread = config.data.model_copy(update=dict.fromkeys(("train", "valid", "test")))
+    write_config(slim, config.model_copy(update={"mlflow": MlflowKeys(uri=None), "data": unread}))
     deepspeed_settings(config, world_size=1)  # else nobody could open it
     with telling_disk_errors(slim.path):
         if config.engine.deepspeed not in preset_names():

@@ -38,6 +38,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to; what is there when the block ends well becomes `path`. Raises RunError."""
+    if not path.name:
+        raise RunError(f"{path}: is a folder; name a file")
     temporary = path.with_name(TEMPORARY + path.name)
     with telling_disk_errors(path):
         try:

@@ -38,6 +38,8 @@ class ServedPrefix(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return self._written(model_input)
 
     def _written(self, model_input: list[str]) -> list[str]:
+        if not model_input:
+            return []
         data, tokenizer = self.config.data, self.opened.tokenizer
         prompts = [prompt_of_text(text, data, tokenizer) for text in model_input]
         tell_cut(prompts, data.max_length)

@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 from prefix_ds.compare import Request, compare
+from prefix_ds.compare.axes import Axis
 from prefix_ds.compare.command import comparison_of
 from prefix_ds.compare.comparison import Comparison, compared
 from prefix_ds.compare.data import as_data
@@ -165,12 +166,52 @@ def test_scores_have_their_intervals_and_directions(tmp_path: Path) -> None:
     assert row(comparison, "bare base acme/base").values["test/loss"].value == 2.8
 
 
+def test_a_run_that_has_only_begun_counts_for_nothing(tmp_path: Path) -> None:
+    for seed, loss in enumerate((1.0, 1.2)):
+        made_run(tmp_path, f"p{seed}", f"train.seed={seed}", loss=loss)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copyfile(tmp_path / "0000" / "run.yaml", begun / "run.yaml")
+    (found,) = [row for row in of_folders(tmp_path).rows if row.kind == "seeds"]
+    assert found.values["valid_loss"].value == pytest.approx(1.1)
+    assert "mean of 2 of 3 runs" in found.notes
+
+
+def test_templates_that_name_other_fields_are_other_runs(tmp_path: Path) -> None:
+    for field in ("token", "word"):
+        made_run(tmp_path, field, f"data.prompt='Token: {{{field}}} Tag:'")
+    assert of_folders(tmp_path).keys == ("data.prompt",)
+    assert {"token", "word"} <= set(names(of_folders(tmp_path)))
+
+
+def test_a_folder_under_two_names_is_one_run(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "one")
+    (tmp_path / "latest").symlink_to(run.name)
+    assert len(of_folders(tmp_path).runs) == 1
+    assert len(of_folders(run, tmp_path / "latest", tmp_path).runs) == 1
+
+
+def test_a_mean_loss_over_fewer_seeds_is_told(tmp_path: Path) -> None:
+    runs = a_sweep(tmp_path)
+    evaluated(runs[0], "valid", 1.7, {"rougeL": (40.0, 39.0, 41.0)})
+    (runs[1] / "metrics.jsonl").unlink()
+    notes = row(of_folders(tmp_path), "prefix-0.1").notes
+    assert "validation loss of 2 of 3" in notes
+    assert "valid scores of 1 of 3" in notes
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.1129, 3.1131), (2.0, 2.0001), (0.0, 1.0), (900.0, 1300.0)])
+def test_labels_of_an_axis_tell_its_ticks_apart(low: float, high: float) -> None:
+    labels = [tick.label for tick in Axis(low, high, 0, 100).ticks()]
+    assert len(set(labels)) == len(labels) > 1
+
+
 def test_seeds_that_were_not_all_scored_are_told(tmp_path: Path) -> None:
     evaluated(a_sweep(tmp_path)[0], "test", 1.7, {"rougeL": (40.0, 39.0, 41.0)})
     comparison = of_folders(tmp_path)
-    assert row(comparison, "prefix-0.1").notes == ["scores of 1 of 3"]
+    assert row(comparison, "prefix-0.1").notes == ["test scores of 1 of 3"]
     assert row(comparison, "prefix-0.3").notes == []
-    assert "scores of 1 of 3" in page_of(comparison, tmp_path)
+    assert "test scores of 1 of 3" in page_of(comparison, tmp_path)
 
 
 def test_time_speed_and_memory_are_those_of_the_steps(tmp_path: Path) -> None:

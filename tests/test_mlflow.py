@@ -203,6 +203,9 @@ def test_a_parameter_that_changed_becomes_a_tag(server: MlflowServer, run: Path)
         sync_run(run, server.uri)
     found = only_run(server.uri, run)
     assert (found.data.params["size"], found.data.tags["now.size"]) == ("8", "16")
+    open_tracker(run, facts_of(run, size=8), uri=None, resume_step=0).close("FINISHED")
+    sync_run(run, server.uri)
+    assert only_run(server.uri, run).data.tags["now.size"] == "8"
 
 
 def test_a_run_the_server_lost_is_made_again_in_full(

@@ -121,7 +121,7 @@ def test_how_and_when_the_training_ended_stays_as_it_was(server, run, tmp_path):
     (ended,) = command("export", copy, "--mlflow", "stopped")
     assert ended.code == 0, ended.err
     assert client.get_model_version("stopped", "1").run_id == run_id
-    assert "MLflow did not take the model a/b:" in refusal("export", copy, "--mlflow", "a/b", after_log=True)
+    assert refusal("export", copy, "--mlflow", "a/b") == "--mlflow: 'a/b': a model's name has neither / nor :"
     told = client.get_run(run_id).info
     assert (told.status, told.end_time) == ("KILLED", 1234567)
 

@@ -21,10 +21,12 @@ from prefix_ds.tracking import (
     progress_bar,
     read_metrics,
     sync_run,
+    without_secrets,
 )
 from prefix_ds.tracking import progress as progress_module
-from prefix_ds.tracking.facts import read_facts
+from prefix_ds.tracking.facts import read_facts, write_facts
 from prefix_ds.tracking.metrics import Metrics, append_record
+from prefix_ds.tracking.mirror import _MaskingFormatter, _said
 
 
 def facts_of(run: Path, **params: object) -> Facts:
@@ -77,6 +79,21 @@ def test_damaged_lines_are_told_and_skipped(run: Path, caplog: pytest.LogCapture
     (run / "metrics.jsonl").write_text(good + "".join(bad) + good)
     assert [r.values for r in read_metrics(run)] == [{"x": 4.0}] * 2
     assert caplog.text.count("damaged line") == len(bad)
+
+
+@pytest.mark.parametrize("part", ['"step": null, "time": 1, "x": 1', '"step": 2, "time": 1, "x": "high"'])
+def test_a_line_of_odd_values_is_skipped(part: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "metrics.jsonl").write_text(f'{{{part}}}\n{{"step": 3, "time": 1, "x": NaN}}\n')
+    assert [record.step for record in read_metrics(run)] == [3]
+    assert "skipping a damaged line" in caplog.text
+
+
+def test_facts_of_odd_values_are_one_line(run: Path) -> None:
+    write_facts(run, facts_of(run), goes_on=False)
+    tree = json.loads((run / "facts.json").read_text())
+    (run / "facts.json").write_text(json.dumps(tree | {"params": None}))
+    with pytest.raises(RunError, match=r"facts\.json: cannot be read"):
+        read_facts(run)
 
 
 def test_what_is_added_behind_half_a_line_is_whole(run: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,6 +174,41 @@ def test_a_password_on_the_command_line_is_masked_before_it_is_quoted(password: 
     uri = f"http://bob:{password}@host/"
     line = process_tags(["prefix-ds", "train", "run.yaml", f"mlflow.uri={uri}"], uri)["mlflow.source.name"]
     assert line == "prefix-ds train run.yaml 'mlflow.uri=http://***@host/'"
+
+
+@pytest.mark.parametrize("secret", ["correct horse battery", "ab,cd;ef", "it's-me"])
+def test_what_bears_the_name_of_a_secret_is_masked_whole(secret: str, run: Path) -> None:
+    tree = {"tags": {"api_key": secret, "a": [{"x.password": secret}]}, "token": ""}
+    assert without_secrets(tree) == {"tags": {"api_key": "***", "a": [{"x.password": "***"}]}, "token": ""}
+    line = process_tags(["prefix-ds", f"mlflow.tags.password={secret}"])["mlflow.source.name"]
+    assert line == "prefix-ds 'mlflow.tags.password=***'"
+
+
+def test_a_template_keeps_its_words_and_no_secret() -> None:
+    texts = {"prompt": "Token: {token} Tag:", "target": "secret={x} hf_hunter2hunter2hunter2"}
+    kept = texts | {"target": "secret={x} ***"}
+    assert without_secrets({"data": texts}) == {"data": kept}
+    flat = {f"data.{name}": text for name, text in texts.items()}
+    assert without_secrets({"params": flat}) == {"params": {f"data.{n}": text for n, text in kept.items()}}
+
+
+def test_a_path_has_no_password() -> None:
+    uri = "sqlite:////home/ann@corp.com/mlflow.db"
+    assert masked(uri, uri) == uri
+
+
+def test_a_user_without_a_password_leaves_other_words_whole() -> None:
+    uri = "http://mlflow@mlflow.company.com"
+    assert masked(f"mlflow: {uri}", uri) == "mlflow: http://***@mlflow.company.com"
+    uri = "http://tok12345tok@host"
+    assert masked("refused tok12345tok", uri) == "refused ***"
+
+
+def test_a_line_is_masked_before_it_is_cut() -> None:
+    uri = f"https://oauth:{'e' * 400}@host/"
+    told = _said(OSError(f"API request to {uri} failed"))
+    record = logging.LogRecord("x", logging.WARNING, "", 1, told, (), None)
+    assert "eeee" not in _MaskingFormatter(uri).format(record)
 
 
 @pytest.mark.parametrize("password", ["mlflow", "p", "db"])

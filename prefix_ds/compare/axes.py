@@ -32,8 +32,11 @@ class Axis:
 
     def ticks(self) -> tuple[Tick, ...]:
         """Round numbers between its ends."""
-        values = powers(self.low, self.high) if self.is_log else _round_steps(self.low, self.high)
-        return tuple(Tick(self.at(value), _label(value)) for value in values)
+        if self.is_log:
+            return tuple(Tick(self.at(value), _label(value, value)) for value in powers(self.low, self.high))
+        values = _round_steps(self.low, self.high)
+        apart = values[1] - values[0] if len(values) > 1 else 1.0
+        return tuple(Tick(self.at(value), _label(value, apart)) for value in values)
 
 
 def above(low: float, high: float) -> float:
@@ -60,5 +63,6 @@ def powers(low: float, high: float) -> list[float]:
     return [value * factor for value in tens for factor in (1, 2, 5) if low <= value * factor <= high]
 
 
-def _label(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _label(value: float, apart: float) -> str:
+    """With as many digits as tell it from one so far apart."""
+    return f"{value:,.{max(0, -math.floor(math.log10(apart) + 1e-9))}f}"

@@ -110,14 +110,16 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
 
 def _differing(runs: Sequence[Seen]) -> list[str]:
     """The keys that have two values, or one and none; not those that only name a run."""
-    told = [computed(run.params) for run in runs]
+    told = [computed(run.params) for run in runs if run.params]
     names = dict.fromkeys(name for params in told for name in params)
     return [name for name in names if len({params.get(name) for params in told}) > 1]
 
 
 def _ranked(rows: Iterable[Row], by: str) -> list[Row]:
     """The best first; those without the measure last. The best of each data set is marked."""
-    in_order = sorted(rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name))
+    in_order = sorted(
+        rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name, row.members[0].place)
+    )
     best = {
         row.data: index for index, row in reversed([*enumerate(in_order)]) if math.isfinite(_rank(row, by))
     }

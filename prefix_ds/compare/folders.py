@@ -39,7 +39,8 @@ class Folders:
     def __init__(self, paths: Sequence[Path]) -> None:
         """Raises RunError for a folder that is neither."""
         self.name = ", ".join(map(str, paths)) if len(paths) <= _NAMED else f"{len(paths)} folders"
-        self._runs = list(dict.fromkeys(run for path in paths for run in _runs_in(path)))
+        found = [run for path in paths for run in _runs_in(path)]
+        self._runs = list({run.resolve(): run for run in reversed(found)}.values())[::-1]
 
     def runs(self) -> list[Seen]:
         """All of them. Raises PrefixError."""
@@ -100,7 +101,7 @@ def _seen(run: Path) -> Seen:
         found.written,
         tuple(found.outdated),
         facts.started,
-        result_is_gone=size is None and "valid_step" in numbers,
+        result_is_gone=bool(facts.status) and size is None and "valid_step" in numbers,
     )
 
 
@@ -108,4 +109,5 @@ def _facts_of_config(run: Path) -> Facts:
     _, config = open_run(run)
     params = flattened(without_secrets(config.model_dump(mode="json")))
     name = config.mlflow.name or run.resolve().name
-    return Facts(config.mlflow.experiment, name, params, {}, status="FINISHED")
+    status = "" if result_bytes(run) is None else "FINISHED"  # it may be about to begin
+    return Facts(config.mlflow.experiment, name, params, {}, started=0, status=status)

@@ -110,7 +110,7 @@ def sizes_plot(
     titles: tuple[str, str, str], spots: Sequence[Spot], levels: Sequence[Level], unit: Callable[[float], str]
 ) -> Plot | None:
     """Spots over a logarithmic size; None where there are none."""
-    known = [s for s in spots if s.x > 0 and math.isfinite(s.y)]
+    known = [s for s in spots if 0 < s.x < math.inf and math.isfinite(s.y)]
     if not known:
         return None
     sizes = [s.x for s in known]

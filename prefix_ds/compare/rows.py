@@ -38,7 +38,8 @@ class Row:
     def seeds(self) -> list[str]:
         """The seeds of its runs."""
         runs = (self.counted or self.members) if self.is_trained else ()
-        return list(dict.fromkeys(run.params[SEED] for run in runs if SEED in run.params))
+        seeds = dict.fromkeys(run.params[SEED] for run in runs if SEED in run.params)
+        return sorted(seeds, key=lambda seed: (len(seed), seed))
 
     @property
     def counted(self) -> Sequence[Seen]:
@@ -65,10 +66,14 @@ class Row:
         return [f"mean of {count} of {size} runs" if count else "no run finished"] if count < size else []
 
     def _partly_scored(self) -> list[str]:
-        """A word where scores are not those of all its runs."""
-        counts = [value.count for name, value in self.values.items() if is_score(name)]
+        """Words where losses or scores are not those of all its runs, by what they are of."""
+        counts: dict[str, int] = {}
+        for name, value in self.values.items():
+            if is_score(name) or name == "valid_loss":
+                what = f"{split_of(name)} scores" if is_score(name) else "validation loss"
+                counts[what] = min(value.count, counts.get(what, value.count))
         size = len(self.counted)
-        return [f"scores of {min(counts)} of {size}"] if counts and min(counts) < size else []
+        return [f"{what} of {count} of {size}" for what, count in counts.items() if count < size]
 
     def _scored_apart(self) -> list[str]:
         """A word where its runs have scores that have no mean."""
@@ -86,7 +91,8 @@ def rows_over_seeds(runs: Sequence[Seen]) -> list[Row]:
     seeds, of each the newest run that finished."""
     groups: dict[frozenset[tuple[str, str]], list[Seen]] = {}
     for run in runs:
-        groups.setdefault(frozenset(computed(run.params).items()), []).append(run)
+        same = computed(run.params).items() if SEED in run.params else {("place", run.place)}
+        groups.setdefault(frozenset(same), []).append(run)
     return [_row_of(group) for group in groups.values()]
 
 

@@ -76,7 +76,7 @@ def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], colum
             short(row.name),
             *(short(row.keys.get(key, "")) for key in keys),
         ]
-        cells += [", ".join(row.seeds)] if has_seeds else []
+        cells += [short(", ".join(row.seeds))] if has_seeds else []
         cells += [row.data] if has_data else []
         cells += [measures.written(name, row.values.get(name)) for name in names]
         cells += [", ".join(row.notes)] if has_notes else []

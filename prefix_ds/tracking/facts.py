@@ -22,10 +22,11 @@ from typing import Any
 
 from prefix_ds.errors import RunError
 from prefix_ds.files import write_text_atomically
-from prefix_ds.tracking.masking import masked
+from prefix_ds.tracking.masking import STARS, masked, names_secret
 
 _FILE = "facts.json"
 _PACKAGES = ("prefix-ds", "torch", "deepspeed", "transformers")
+_TEMPLATES = {"data.prompt", "data.target", "data.references", "prefix.text"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,16 @@ def read_facts(run: Path) -> Facts:
     path = run / _FILE
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return Facts(**tree | {"datasets": tuple(DatasetFacts(**d) for d in tree["datasets"])})
+        return _facts(tree)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: cannot be read: {error}; a run folder was expected") from error
+
+
+def _facts(tree: Any) -> Facts:
+    facts = Facts(**tree | {"datasets": tuple(DatasetFacts(**d) for d in tree["datasets"])})
+    if not isinstance(facts.params, dict) or not isinstance(facts.tags, dict):
+        raise TypeError("params and tags are not all there")
+    return facts
 
 
 def has_facts(run: Path) -> bool:
@@ -95,7 +103,7 @@ def process_tags(argv: Sequence[str], uri: str | None = None) -> dict[str, str]:
     `uri` is where the run tracks, whose secrets may stand in `argv`.
     """
     tags = {f"version.{name}": version for name in _PACKAGES if (version := _version(name))}
-    line = masked(shlex.join(masked(word, uri) for word in argv))
+    line = masked(shlex.join(_shown(word, uri) for word in argv))
     tags |= {"version.python": platform.python_version(), "host": platform.node()}
     tags |= {"mlflow.source.name": line, "mlflow.source.type": "LOCAL"}
     if commit := _git_commit():
@@ -106,12 +114,23 @@ def process_tags(argv: Sequence[str], uri: str | None = None) -> dict[str, str]:
 
 
 def without_secrets(tree: Any) -> Any:
-    """The tree with stars for what looks like a secret, or bears the name of one."""
+    """The tree with stars for what looks like a secret, or bears the name of one.
+
+    A template keeps its words, which two runs may differ in.
+    """
+    return _without_secrets(tree, "")
+
+
+def _without_secrets(tree: Any, above: str) -> Any:
     if isinstance(tree, Mapping):
-        return {name: without_secrets(_hidden(name, value)) for name, value in tree.items()}
+        return {name: _without_secrets(value, f"{above}.{name}") for name, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [without_secrets(value) for value in tree]
-    return masked(tree) if isinstance(tree, str) else tree
+        return [_without_secrets(value, above) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+    if tree and names_secret(above.rpartition(".")[2]):
+        return STARS
+    return masked(tree, is_template=".".join(above.split(".")[-2:]) in _TEMPLATES)
 
 
 def _write(run: Path, facts: Facts) -> None:
@@ -126,12 +145,10 @@ def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
             yield f"{above}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _hidden(name: str, value: Any) -> Any:
-    """`value`, or stars where the name alone says that it is a secret (`api_key: x`)."""
-    if not isinstance(value, str):
-        return value
-    pair = f"{name}={value}"
-    return value if masked(pair) == pair else masked(pair).removeprefix(f"{name}=")
+def _shown(word: str, uri: str | None) -> str:
+    """A word of a command line."""
+    name, is_pair, _ = word.partition("=")
+    return f"{name}={STARS}" if is_pair and names_secret(name) else masked(word, uri)
 
 
 def _version(package: str) -> str | None:

@@ -10,39 +10,51 @@ Knows nothing of where the text goes.
 import re
 from urllib.parse import unquote
 
-_STARS = "***"
+STARS = "***"
 _LONG = 8  # characters of a password that stands in no text by chance
 _QUOTED_OR_WORD = r"""(?:"[^"]*"|'[^']*'|[^\s"',;&]+)"""
 _SECRET_NAME = r"(?:token|password|passwd|pwd|secret|credentials?|api[_-]?key|access[_-]?key)"
-_PATTERNS = [
-    (re.compile(r"([A-Za-z][\w+.-]*://)(?!/)[^\s'\"]*@"), rf"\1{_STARS}@"),
-    (re.compile(rf"(?i)(--[\w.-]*{_SECRET_NAME}\s+){_QUOTED_OR_WORD}"), rf"\1{_STARS}"),
-    (re.compile(rf"""(?i)(\b[\w.-]*{_SECRET_NAME}["']?\s*[=:]\s*){_QUOTED_OR_WORD}"""), rf"\1{_STARS}"),
-    (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w+/=.~-]{8,}"), rf"\1{_STARS}"),
-    (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abprs]-|AKIA|dapi)[\w-]{10,}"), _STARS),
+_BY_THEMSELVES = [
+    (re.compile(r"([A-Za-z][\w+.-]*://)(?!/)[^\s'\"]*@"), rf"\1{STARS}@"),
+    (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w+/=.~-]{8,}"), rf"\1{STARS}"),
+    (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abprs]-|AKIA|dapi)[\w-]{10,}"), STARS),
+]
+_BY_NAME = [
+    (re.compile(rf"(?i)(--[\w.-]*{_SECRET_NAME}\s+){_QUOTED_OR_WORD}"), rf"\1{STARS}"),
+    (re.compile(rf"""(?i)(\b[\w.-]*{_SECRET_NAME}["']?\s*[=:]\s*){_QUOTED_OR_WORD}"""), rf"\1{STARS}"),
 ]
 
 
-def masked(text: str, uri: str | None = None) -> str:
-    """The text without secrets; those of `uri` are found in any spelling."""
+def masked(text: str, uri: str | None = None, *, is_template: bool = False) -> str:
+    """The text without secrets; those of `uri` are found in any spelling.
+
+    A template may say `Token: {word}`: there only what looks like a secret by itself is one.
+    """
     for secret in _secrets(uri or ""):
-        text = secret.sub(_STARS, text)
-    for pattern, stars in _PATTERNS:
+        text = secret.sub(STARS, text)
+    for pattern, stars in _BY_THEMSELVES + ([] if is_template else _BY_NAME):
         text = pattern.sub(stars, text)
     return text
+
+
+def names_secret(name: str) -> bool:
+    """Whether what bears this name is a secret, whatever it looks like."""
+    return re.fullmatch(rf"(?i)[\w.-]*{_SECRET_NAME}", name) is not None
 
 
 def _secrets(uri: str) -> list[re.Pattern[str]]:
     """What stands before the last @ of a URI, its password alone, and both decoded; longest first.
 
-    A short password is looked for as a word of its own, and not at all where it is the user's name too:
-    `mlflow` stands in every text.
+    A short password is looked for as a word of its own, and not at all where it is the user's name too; so is
+    what stands there alone, if it is long: `mlflow` stands in every text. A path has no password.
     """
     _, _, rest = uri.partition("://")
     user_and_password, at, _ = rest.rpartition("@")
-    if not at:
+    if not at or rest.startswith("/"):
         return []
-    user, _, password = user_and_password.partition(":")
+    user, colon, password = user_and_password.partition(":")
+    if not colon:
+        return [re.compile(rf"(?<!\w){re.escape(user)}(?!\w)")] if len(user) >= _LONG else []
     both = {user_and_password, unquote(user_and_password)}
     alone = {password, unquote(password)} - {"", user, unquote(user)}
 
@@ -55,7 +67,7 @@ def _secrets(uri: str) -> list[re.Pattern[str]]:
 
 def is_masked(uri: str) -> bool:
     """Whether a URI had a password before it was written down."""
-    return f"://{_STARS}@" in uri
+    return f"://{STARS}@" in uri
 
 
 def words_of(error: Exception, uri: str) -> str:

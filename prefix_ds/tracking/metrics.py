@@ -18,8 +18,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from prefix_ds.errors import RunError
 from prefix_ds.files import telling_disk_errors, write_text_atomically
 
 log = logging.getLogger(__name__)
@@ -68,13 +69,15 @@ class MetricsReader:
         self._offset = 0  # bytes
 
     def new_records(self) -> list[Record]:
-        """The complete records written since the last call."""
+        """The complete records written since the last call. Raises RunError."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 new = file.read()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot be read: {error.strerror}") from error
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [r for line in whole.splitlines() if (r := _record(line, self._path)) is not None]
@@ -109,10 +112,17 @@ def _line(record: Record) -> str:
     return json.dumps({"step": record.step, "time": record.time, **record.values}) + "\n"
 
 
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError
+    return value
+
+
 def _record(line: bytes, path: Path) -> Record | None:
     try:
         values = json.loads(line)
-        return Record(values.pop("step"), values.pop("time"), values)
+        step, moment = int(values.pop("step")), float(values.pop("time"))
+        return Record(step, moment, {name: _number(value) for name, value in values.items()})
     except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s: skipping a damaged line: %.60r", path, line)
         return None

@@ -37,6 +37,7 @@ _POLL_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 60.0
 _FILES_SECONDS = 60.0
 _INCOMPLETE = 1  # exit code
+_LONGEST_LINE = 300  # characters of what is told
 
 
 class Trainer:
@@ -98,7 +99,7 @@ class Mirror:
             work()
         except Exception as error:  # whatever it is, training goes on and this is tried again
             if not self._failures:
-                log.warning("MLflow does not take the metrics, which are kept: %s", _short(error))
+                log.warning("MLflow does not take the metrics, which are kept: %s", _said(error))
             self._failures += 1
             return min(_LONGEST_WAIT_SECONDS, _POLL_SECONDS * 2.0 ** min(self._failures - 1, 10))
         if self._failures:
@@ -137,7 +138,7 @@ class Mirror:
             self._run.send_files(is_last)
         except Exception as error:
             if not self._files_failed:
-                log.warning("MLflow takes no files: %s", _short(error))
+                log.warning("MLflow takes no files: %s", _said(error))
             self._files_failed = True
             return False
         return True
@@ -162,7 +163,7 @@ def main() -> int:
                 forget_state(run)
             has_all = _follow(run, uri, trainer, is_ready)
     except Exception as error:
-        log.error("MLflow gets nothing more: %s", _short(error))
+        log.error("MLflow gets nothing more: %s", _said(error))
         return _INCOMPLETE
     return 0 if has_all else _INCOMPLETE
 
@@ -195,7 +196,7 @@ class _MaskingFormatter(logging.Formatter):
         self._uri = uri
 
     def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record), self._uri)
+        return masked(super().format(record), self._uri)[:_LONGEST_LINE]
 
 
 def _log_to_stdout(uri: str) -> None:
@@ -205,9 +206,9 @@ def _log_to_stdout(uri: str) -> None:
     logging.raiseExceptions = False  # nobody may be reading any more
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+def _said(error: Exception) -> str:
+    """On one line, in full: it is cut when it has been masked, as half a token is no longer known for one."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":

@@ -181,7 +181,12 @@ class MlflowRun:
         told = found.data.params
         wanted = {plain_key(name): cut(value, PARAMETER_LENGTH) for name, value in self._facts.params.items()}
         new = [Param(name, value) for name, value in wanted.items() if name not in told]
-        changed = {f"now.{name}": v for name, v in wanted.items() if name in told and told[name] != v}
+        tags = found.data.tags
+        changed = {
+            tag: value
+            for name, value in wanted.items()
+            if name in told and tags.get(tag := f"now.{name}", told[name]) != value
+        }
         self._tell("parameters", params=new)
         self._tell_tags(self._facts.tags | changed)
         if self._facts.datasets and not found.inputs.dataset_inputs:

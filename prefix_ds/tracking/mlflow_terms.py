@@ -6,6 +6,7 @@ take everything in the same request with it.
 Knows nothing of runs.
 """
 
+import hashlib
 import logging
 import re
 
@@ -69,8 +70,9 @@ def plain_key(name: str) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """The text, or as much of its start as MLflow takes."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """The text, or as much of its start as MLflow takes, and a digest of all of it: two texts stay two."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return text if len(text) <= limit else f"{text[: limit - 20]}... {digest}"
 
 
 def quiet_mlflow() -> None:

@@ -33,6 +33,8 @@ def log_model(run: Path, name: str, *, code: Path, files: Path, uri: str | None)
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
     )
+    if not name.strip() or set(name) & set("/:"):
+        raise ConfigError(f"--mlflow: {name!r}: a model's name has neither / nor :")
     uri = absolute_uri(uri)
     try:
         return _logged(run, name, code, files, uri)
@@ -54,7 +56,7 @@ def _logged(run: Path, name: str, code: Path, files: Path, uri: str) -> str:
     with _run_of(run, uri) as run_id:
         info = Model.log(  # what mlflow.pyfunc.log_model does, with a run that is named
             artifact_path=None,
-            name="prefix",
+            name="served",  # not that of the run's own folder of artifacts
             flavor=mlflow.pyfunc,
             run_id=run_id,
             python_model=str(code),
@@ -71,6 +73,7 @@ def _run_of(run: Path, uri: str) -> Iterator[str]:
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    from prefix_ds.tracking.experiment import KIND_TAG
     from prefix_ds.tracking.mlflow_terms import live_run
 
     state = read_state(run)
@@ -78,7 +81,7 @@ def _run_of(run: Path, uri: str) -> Iterator[str]:
     if is_known and live_run(MlflowClient(uri), state.run_id) is not None:
         yield state.run_id
         return
-    with mlflow.start_run(run_name=run.name) as made:
+    with mlflow.start_run(run_name=run.name, tags={KIND_TAG: "model"}) as made:
         yield made.info.run_id
 
 

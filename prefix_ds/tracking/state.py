@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from prefix_ds.errors import RunError
-from prefix_ds.files import write_text_atomically
+from prefix_ds.files import telling_disk_errors, write_text_atomically
 
 _FILE = "mlflow.json"
 _SQLITE = "sqlite:///"
@@ -81,7 +81,7 @@ def resolved_uri(uri: str | None, run: Path) -> str:
     """
     known = read_state(run).uri
     if uri is None and not known:
-        raise RunError(f"{run}: has no mlflow.json that names a server; give mlflow.uri")
+        raise RunError(f"{run}: has no mlflow.json that names a server; give its URI (--uri)")
     if uri is None or (_is_relative(uri) and known.startswith(_SQLITE)):
         return known
     return absolute_uri(uri)
@@ -100,7 +100,9 @@ def _is_relative(uri: str) -> bool:
 def only_writer(run: Path, patience_seconds: float) -> Iterator[None]:
     """Makes this process the only one that sends this run. Raises RunError if another stays too long."""
     deadline = time.monotonic() + patience_seconds
-    with (run / ".mlflow.lock").open("w") as file:
+    with telling_disk_errors(run):
+        file = (run / ".mlflow.lock").open("w")
+    with file:
         while not _locked(file.fileno()):
             if time.monotonic() > deadline:
                 raise RunError(f"{run}: another process is sending this run to MLflow; wait for its end")

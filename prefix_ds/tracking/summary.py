@@ -63,8 +63,18 @@ def histories_of(records: Iterable[Record]) -> Histories:
 
 def result_bytes(run: Path) -> int | None:
     """The size of what a run produced; None if nothing is there."""
-    files = [path for name in RESULTS for path in (run / name).rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files) if files else None
+    sizes = [
+        size for name in RESULTS for path in (run / name).rglob("*") if (size := _size(path)) is not None
+    ]
+    return sum(sizes) if sizes else None
+
+
+def _size(path: Path) -> int | None:
+    """Of a file that is finished; it may be renamed meanwhile."""
+    try:
+        return path.stat().st_size if path.is_file() and not path.name.startswith(".") else None
+    except FileNotFoundError:
+        return None
 
 
 def best_by(params: Mapping[str, str]) -> str:
@@ -103,7 +113,7 @@ def result_mark(run: Path, numbers: Mapping[str, float]) -> Mark:
 def told_mark(numbers: Mapping[str, float]) -> Mark:
     """The mark of a result as far as a run's summary tells it; without validation it is that of the end."""
     step = numbers.get("valid_step", numbers.get("steps"))
-    return Mark(None if step is None else int(step))
+    return Mark(None if step is None or not math.isfinite(step) else int(step))
 
 
 def _best(histories: Histories, by: str) -> int | None:

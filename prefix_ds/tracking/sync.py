@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import RunError
+from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.masking import is_masked, masked, words_of
 from prefix_ds.tracking.progress import progress_bar
 from prefix_ds.tracking.state import only_writer, resolved_uri
@@ -21,6 +22,7 @@ def sync_run(run: Path, uri: str | None = None) -> int:
 
     `uri` is needed where it holds a password, which the run folder does not.
     """
+    read_facts(run)
     uri = resolved_uri(uri, run)
     set_default_environment(
         MLFLOW_HTTP_REQUEST_TIMEOUT="30",
