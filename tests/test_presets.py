@@ -75,6 +75,21 @@ def test_what_a_file_leaves_out_follows_from_the_models_sizes():
     }
 
 
+def test_a_disk_has_a_buffer_for_each_weight_that_comes_at_once():
+    base = skeleton(
+        transformers.LlamaConfig(hidden_size=4096, intermediate_size=14336), False, torch.bfloat16
+    )
+
+    def count(**disk):
+        zero = {"offload_param": {"device": "nvme"} | disk}
+        return sized({"zero_optimization": zero}, sizes_of(base))["zero_optimization"]["offload_param"][
+            "buffer_count"
+        ]
+
+    assert count() == 7 + 1  # its norms are whole on every rank
+    assert count(buffer_count=5) == 5
+
+
 def derived(sizes):
     zero = sized({"zero_optimization": {}}, sizes)["zero_optimization"]
     return {key.removeprefix("stage3_"): value for key, value in zero.items()}

@@ -24,6 +24,7 @@ from prefix_ds.engine.disk import check_space, with_own_folder
 from prefix_ds.engine.pinned import PinnedBlocks
 from prefix_ds.engine.settings import Settings
 from prefix_ds.engine.sharding import start_deepspeed
+from prefix_ds.engine.sizing import sized, sizes_of
 from prefix_ds.errors import ConfigError
 from prefix_ds.promise import read
 from prefix_ds.tracking import Progress, progress_bar
@@ -42,7 +43,7 @@ def in_shards(base: nn.Module, settings: Settings) -> nn.Module:
     """
     began = time.perf_counter()
     deepspeed = start_deepspeed()
-    mine = together(lambda: with_own_folder(settings))
+    mine = together(lambda: with_own_folder(sized(settings, sizes_of(base))))
     init = deepspeed.zero.Init(config_dict_or_path=mine)
     holders = _holders(base)
     total = sum(_shard_bytes(p, init) for p in holders)

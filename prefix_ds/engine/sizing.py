@@ -8,7 +8,8 @@ beginning is on its way, whatever the layer's size. *A call* (`stage3_prefetch_b
 of a layer: fewer would wait for latencies, and what comes together lies twice in memory until it is used.
 *Whole on every rank* (`stage3_param_persistence_threshold`) are the smallest parameters, as many as make up
 one part in a hundred of the model: norms and biases, whose gathering costs more than holding them. All three
-have bounds, below which a device notices no saving, and above which links are busy already.
+have bounds, below which a device notices no saving, and above which links are busy already. *Buffers of a
+disk* (`offload_param.buffer_count`) are as many as there are weights that come at once, and one.
 
 Knows nothing of DeepSpeed but the names of its keys.
 """
@@ -30,6 +31,7 @@ class Sizes:
 
     parameters: tuple[int, ...]
     layers: tuple[int, ...]  # that can be computed again; none is a base that does not tell its layers
+    at_once: tuple[tuple[int, ...], ...] = ()  # the parameters of each layer, or module, that come together
 
     @property
     def layer(self) -> int:
@@ -40,7 +42,9 @@ class Sizes:
 def sizes_of(base: nn.Module) -> Sizes:
     """The sizes of a base, whole or in shards."""
     layers = tuple(sum(_numbers(layer.parameters())) for layer in repeatable_layers(base))
-    return Sizes(_numbers(base.parameters()), layers)
+    at_once = {_numbers(layer.parameters()) for layer in fetched_at_once(base)}
+    at_once |= {_numbers(module.parameters(recurse=False)) for module in base.modules()}
+    return Sizes(_numbers(base.parameters()), layers, tuple(at_once))
 
 
 def fetched_at_once(base: nn.Module) -> list[nn.Module]:
@@ -53,13 +57,18 @@ def fetched_at_once(base: nn.Module) -> list[nn.Module]:
 
 def sized(settings: Settings, sizes: Sizes) -> Settings:
     """DeepSpeed's settings, in which nothing is left to its defaults that depends on the model's sizes."""
-    zero = {
+    zero: dict[str, Any] = {
         "reduce_bucket_size": _within(2**23, sizes.layer, 50_000_000),
         "stage3_prefetch_bucket_size": _within(2**23, sizes.layer // 4, 50_000_000),
         "stage3_param_persistence_threshold": _never_sharded(sizes.parameters),
         "stage3_max_live_parameters": _within(2**25, sizes.layer * 3 // 2, 1_000_000_000),
     }
-    return settings | {"zero_optimization": zero | settings["zero_optimization"]}
+    zero |= settings["zero_optimization"]
+    disk = zero.get("offload_param") or {}
+    if disk.get("device") == "nvme":
+        most = _most_sharded(sizes.at_once, zero["stage3_param_persistence_threshold"])
+        zero["offload_param"] = {"buffer_count": most + 1} | disk
+    return settings | {"zero_optimization": zero}
 
 
 def _numbers(parameters: Iterable[Any]) -> tuple[int, ...]:
@@ -71,6 +80,10 @@ def _never_sharded(parameters: tuple[int, ...]) -> int:
     most = _within(2**22, sum(parameters) // 100, 2**25)
     sizes, totals = zip(*((size, sum(equal)) for size, equal in groupby(sorted(parameters))), strict=True)
     return max((s for s, total in zip(sizes, accumulate(totals), strict=True) if total <= most), default=0)
+
+
+def _most_sharded(at_once: tuple[tuple[int, ...], ...], threshold: int) -> int:
+    return max((sum(size > threshold for size in together) for together in at_once), default=0)
 
 
 def _within(least: int, value: int, most: int) -> int:
