@@ -20,10 +20,10 @@ from prefix_ds.data.prompts import Prompt, read_prompts, tell_cut
 from prefix_ds.dist import World, first_here_first, joined_world, on_first, peers_may_die, together
 from prefix_ds.errors import ConfigError
 from prefix_ds.evaluation import Evaluation, Front, RecordLosses, record_losses, table_of, write_evaluation
+from prefix_ds.files import check_can_write
 from prefix_ds.initial import initial_prefix
-from prefix_ds.loading import check_folder, load_tokenizer
 from prefix_ds.logs import configure_logging
-from prefix_ds.opening import Opened, model_of, open_trained
+from prefix_ds.opening import Opened, check_is_prefix, open_trained, tokenizer_of
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, open_run
 from prefix_ds.scores import names_of, scored
@@ -60,7 +60,8 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
     check_request(config, request)
     with joined_world() as world, peers_may_die():
         started = time.monotonic()
-        tokenizer = together(lambda: _tokenizer(folder, config))
+        on_first(world, lambda: check_can_write(folder.path))
+        tokenizer = together(lambda: tokenizer_of(folder, config))
         prompts = first_here_first(world, lambda: _prompts(request.split, config, tokenizer))
         examples = load_examples(request.split, config.data, tokenizer, world)
         log.info("%s", examples.report.line())
@@ -78,18 +79,10 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
 def check_request(config: RunConfig, request: Request) -> None:
     """Raises ConfigError for what makes no sense with this run."""
     source_of(request.split, config.data)
-    if request.front != "trained" and config.train.method != "prefix":
-        raise ConfigError(
-            f"train.method: {config.train.method}: all weights were trained; there is no prefix to leave out"
-        )
+    if request.front != "trained":
+        check_is_prefix(config)
     if request.front == "instruction" and config.prefix.init != "text":
         raise ConfigError(f"prefix.init: {config.prefix.init}: this run did not start from an instruction")
-
-
-def _tokenizer(folder: RunFolder, config: RunConfig) -> Any:
-    keys = model_of(folder, config)
-    check_folder(keys)
-    return load_tokenizer(keys, config.data)
 
 
 def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:

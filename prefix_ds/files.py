@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Makes `text` the content of `path`, in an existing folder. Raises RunError."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_can_write(folder: Path) -> None:
+    """Raises RunError where no file can be made in a folder, before there is work to lose."""
+    with telling_disk_errors(folder), tempfile.TemporaryFile(dir=folder, prefix=TEMPORARY):
+        pass
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ from typing import Any
 
 from prefix_ds.config import RunConfig
 from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts, tell_cut
-from prefix_ds.dist import first_here_first, joined_world, on_first, peers_may_die
+from prefix_ds.dist import first_here_first, joined_world, on_first, peers_may_die, together
 from prefix_ds.errors import ConfigError, RunError
-from prefix_ds.files import write_text_atomically
+from prefix_ds.files import check_can_write, write_text_atomically
 from prefix_ds.logs import configure_logging
-from prefix_ds.opening import open_trained
+from prefix_ds.opening import check_is_prefix, open_trained, tokenizer_of
 from prefix_ds.run_folder import open_run
 from prefix_ds.writing import Written, write_outputs
 
@@ -34,8 +34,10 @@ def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
     folder, config = open_run(run, overrides)
     check_request(config, request)
     with joined_world() as world, peers_may_die():
+        on_first(world, lambda: _check_place(request.output_file))
+        tokenizer = together(lambda: tokenizer_of(folder, config))
+        prompts = first_here_first(world, lambda: _prompts(config, request, tokenizer))
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
-        prompts = first_here_first(world, lambda: _prompts(config, request, opened.tokenizer))
         if world.is_first:
             tell_cut(prompts, config.data.max_length)
         written = write_outputs(opened, prompts, config.generate, world)
@@ -48,9 +50,18 @@ def check_request(config: RunConfig, request: Request) -> None:
         raise ConfigError("--prompt and --input: one of them says what to write for; leave the other out")
     if request.prompt is None and not request.input_file and not config.data.test:
         raise ConfigError("nothing to write for: give --prompt, --input, or data.test")
+    if request.without_prefix:
+        check_is_prefix(config)
     output = request.output_file
-    if output and (output.is_dir() or not output.parent.is_dir()):
+    if output and ((output.exists() and not output.is_file()) or not output.parent.is_dir()):
         raise RunError(f"--output: {output}: expected a file in a folder that exists")
+    if output and request.input_file and output.resolve() == request.input_file.resolve():
+        raise RunError(f"--output: {output}: is what --input names; it would be lost")
+
+
+def _check_place(output: Path | None) -> None:
+    if output:
+        check_can_write(output.parent)
 
 
 def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt]:
@@ -67,7 +78,9 @@ def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt
 def _deliver(written: Sequence[Written], output: Path | None) -> None:
     if output:
         rows = [{"prompt": w.prompt, "output": w.output, "references": w.references} for w in written]
-        write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text_atomically(
+            output.resolve(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
     else:
         for w in written:
             sys.stdout.write(f"{w.output}\n" if len(written) == 1 else f"{w.prompt!r}\n  -> {w.output!r}\n")

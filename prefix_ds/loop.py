@@ -94,7 +94,7 @@ def fit(run: Run, train: TrainKeys, cadence: RunKeys, evaluate: EvaluateKeys, pr
         report = run.engine.step(share, rate)
         seconds = time.perf_counter() - started
         speed = run.gauge.of_step(share, seconds, waited, report.waited_seconds)
-        progress = replace(progress, step=progress.step + 1)
+        progress = replace(progress, step=progress.step + 1, valid_loss=None)
         last = progress.step == run.stream.num_steps
 
         tokens_per_second, mfu = speed["time/tokens_per_second"], f"{speed['time/mfu']:.0%}"
@@ -174,6 +174,8 @@ def _evaluated(run: Run, keys: EvaluateKeys, progress: Progress) -> Progress:
     """Scores what the run writes now; a result of a higher score, where that is what counts, is kept."""
     if run.sample is None:
         return progress
+    if run.stop.agreed():
+        raise _Asked
     scores = run.sample.scores()
     run.tracker.metrics(progress.step, {f"valid/{name}": value for name, value in scores.items()})
     score = scores.get(keys.best_by)

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from prefix_ds.checkpoint import read_prefix
+from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import ModelKeys, RunConfig
 from prefix_ds.dist import World, first_here_first, together
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded
+from prefix_ds.errors import ConfigError
 from prefix_ds.initial import chosen_slots
 from prefix_ds.loading import check_folder, load_base, load_tokenizer
 from prefix_ds.model import PrefixLM
@@ -43,16 +44,33 @@ class Opened:
 def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_prefix: bool = True) -> Opened:
     """The model of a run, with its best prefix or without. Raises PrefixError. Every rank calls this."""
     keys = model_of(folder, config)
-    together(lambda: check_folder(keys))
     settings = deepspeed_settings(config, world.size)
-    tokenizer = together(lambda: load_tokenizer(keys, config.data))
+    tokenizer = together(lambda: tokenizer_of(folder, config))
+    is_prefix = config.train.method == "prefix" and with_prefix
+    saved = together(lambda: read_prefix(folder.prefix)) if is_prefix else None
     base = first_here_first(world, lambda: load_base(keys))  # the others find what it downloaded
     shards = sharded(in_shards(base, settings), settings)
     lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)
-    if config.train.method != "prefix" or not with_prefix:
+    if saved is None:
         return Opened(lm, None, (), tokenizer, shards)
-    table_PD, slots, mark = together(lambda: _saved_table(folder, config, lm))
+    table_PD, slots = together(lambda: _table_on(saved, config, lm))
+    mark = Mark(saved.facts.step, saved.sha256)
     return Opened(lm, table_PD.to(world.device), slots, tokenizer, shards, mark)
+
+
+def check_is_prefix(config: RunConfig) -> None:
+    """Raises ConfigError for a run that has nothing to be left out or exchanged."""
+    if (method := config.train.method) != "prefix":
+        raise ConfigError(
+            f"train.method: {method}: all weights were trained; there is no prefix to leave out"
+        )
+
+
+def tokenizer_of(folder: RunFolder, config: RunConfig) -> Any:
+    """That of the model a run's result runs on. Raises PrefixError."""
+    keys = model_of(folder, config)
+    check_folder(keys)
+    return load_tokenizer(keys, config.data)
 
 
 def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
@@ -63,8 +81,7 @@ def model_of(folder: RunFolder, config: RunConfig) -> ModelKeys:
     return config.model.model_copy(update=own)
 
 
-def _saved_table(folder: RunFolder, config: RunConfig, lm: PrefixLM) -> tuple[Tensor, tuple[Slot, ...], Mark]:
-    saved = read_prefix(folder.prefix)
+def _table_on(saved: SavedPrefix, config: RunConfig, lm: PrefixLM) -> tuple[Tensor, tuple[Slot, ...]]:
     saved.check_base(lm.family, num_layers(lm))
     slots = chosen_slots(lm.slots, config.prefix)
     table_PD = table_of(saved.keys_values(slots))
@@ -75,4 +92,4 @@ def _saved_table(folder: RunFolder, config: RunConfig, lm: PrefixLM) -> tuple[Te
             saved.path,
             config.model.name,
         )
-    return table_PD, slots, Mark(saved.facts.step, saved.sha256)
+    return table_PD, slots

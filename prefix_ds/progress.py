@@ -12,7 +12,7 @@ class Progress:
     """A run after `step` optimizer steps. Losses are means over target tokens, in nats; scores 0 to 100."""
 
     step: int = 0
-    valid_loss: float | None = None  # the latest
+    valid_loss: float | None = None  # of this step, where it was validated
     best_loss: float | None = None
     best_step: int | None = None
     judged_step: int | None = None  # the latest at which all was validated and scored that was due

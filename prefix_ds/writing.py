@@ -141,7 +141,7 @@ def _continued(
         top_p=keys.top_p,
         seeds=[_seed(keys, n) for n in batch],
         eos_ids=[] if end is None else [end],
-        pad_id=0 if end is None else end,  # a tokenizer's own may have no row in the embedding
+        pad_id=0,  # a tokenizer's own may have no row in the embedding
         synced=is_synced,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]

@@ -377,6 +377,8 @@ def test_the_best_prefix_is_the_one_of_the_best_score(tmp_path, size):
     progress = latest(tmp_path / "run").state["progress"]
     assert (progress["best_score"], progress["best_step"]) == (scores[best], best)
     assert progress["best_loss"] is None
+    losses = {row["step"]: row["valid/loss"] for row in metrics(config) if "valid/loss" in row}
+    assert read_prefix(tmp_path / "run" / "prefix").facts.valid_loss == losses.get(best)
 
 
 def test_two_ranks_score_while_training_what_one_does(tmp_path):

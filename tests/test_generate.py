@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from prefix_ds.checkpoint import read_prefix
 from prefix_ds.config import config_text
+from prefix_ds.errors import ConfigError
+from prefix_ds.generate import Request, check_request
 from tests.disks import fill_before
 from tests.ranks import command
 from tests.refusals import refusal
@@ -141,6 +144,31 @@ def test_a_run_that_trained_all_weights_writes_with_its_own(run, written, tmp_pa
     full = outputs(written(run=tmp_path / "full"))
     assert len(full) == len(RECORDS)
     assert full != outputs(written("--without-prefix")), "the weights have changed"
+
+
+def test_what_must_not_be_written_over(run, tmp_path):
+    given = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    text = given.read_text()
+    assert "is what --input names; it would be lost" in refusal(
+        "generate", run, "--input", given, "--output", given
+    )
+    assert given.read_text() == text
+    os.mkfifo(tmp_path / "pipe")
+    assert "expected a file" in refusal("generate", run, "--output", tmp_path / "pipe")
+
+
+def test_a_link_leads_to_what_is_written(run, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
+    (ended,) = command("generate", run, "--output", tmp_path / "link.jsonl")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len((tmp_path / "there.jsonl").read_text().splitlines()) == len(RECORDS)
+
+
+def test_a_run_of_all_weights_has_no_prefix_to_leave_out(tmp_path):
+    request = Request(prompt="x", without_prefix=True)
+    with pytest.raises(ConfigError, match=r"train\.method: full: all weights were trained"):
+        check_request(run_config(tmp_path, "train.method=full"), request)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prefix_ds.errors import ConfigError
-from prefix_ds.scores import KNOWN, names_of, scored, values_of
+from prefix_ds.scores import KNOWN, names_of, overlap, scored, values_of
 from prefix_ds.scores.answers import normalised
 from prefix_ds.scores.overlap import bleu, chrf
 from prefix_ds.scores.table import _TABLE
@@ -203,6 +203,18 @@ def test_intervals_hold_the_score_and_follow_the_seed(outputs, references):
     for score in first:
         assert 0 <= score.low <= score.value <= score.high <= 100
         assert score.low < score.high
+
+
+@pytest.mark.parametrize("score", [bleu, chrf])
+def test_texts_are_counted_some_at_a_time(outputs, references, score, monkeypatch):
+    several = [own[: 1 + number % 2] for number, own in enumerate(references)]
+    for known in (references, several):
+        at_once = score(outputs, known)
+        with monkeypatch.context() as patched:
+            patched.setattr(overlap, "_AT_ONCE", 7)
+            found = score(outputs, known)
+        assert (found.stats_RS == at_once.stats_RS).all()
+        assert found.signature == at_once.signature
 
 
 def test_the_interval_of_a_mean_is_that_of_statistics():

@@ -120,11 +120,11 @@ def batches_of(lengths: Sequence[int], more: int, manner: Manner) -> list[list[i
     Raises ConfigError.
     """
     order = sorted(range(len(lengths)), key=lambda n: lengths[n], reverse=True)
-    batches = []
-    while order:
-        rows = manner.rows(lengths[order[0]] + more)
-        batches.append(order[:rows])
-        order = order[rows:]
+    batches, first = [], 0
+    while first < len(order):
+        rows = manner.rows(lengths[order[first]] + more)
+        batches.append(order[first : first + rows])
+        first += rows
     return batches
 
 

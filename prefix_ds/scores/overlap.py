@@ -19,6 +19,8 @@ import numpy as np
 
 from prefix_ds.scores.sums import OfSums, Sums
 
+_AT_ONCE = 1000  # records: sacrebleu keeps the n-grams of all references that it is given
+
 
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Sums:
     """BLEU with sacrebleu's defaults: 13a tokens, mixed case, exponential smoothing."""
@@ -37,9 +39,16 @@ def chrf(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Sums:
 
 
 def _sums(metric: Any, sentence: Any, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Sums:
-    streams = list(itertools.zip_longest(*references))  # None where a record has fewer
-    stats_RS = np.array(metric._extract_corpus_statistics(outputs, streams), dtype=np.float64)
-    return Sums(stats_RS, _of(metric), _of(sentence), metric.get_signature().format())
+    stats: list[list[float]] = []
+    counts = set()  # of references a record; -1: they differ
+    for first in range(0, len(outputs), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        streams = list(itertools.zip_longest(*references[part]))  # None where a record has fewer
+        stats += metric._extract_corpus_statistics(outputs[part], streams)
+        counts.add(metric.num_refs)
+    metric.num_refs = counts.pop() if len(counts) == 1 else -1
+    signature = metric.get_signature().format()
+    return Sums(np.array(stats, dtype=np.float64), _of(metric), _of(sentence), signature)
 
 
 def _of(metric: Any) -> OfSums:

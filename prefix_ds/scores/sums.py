@@ -9,7 +9,7 @@ all scores of some outputs see the same ones.
 Knows nothing of texts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +45,11 @@ class Sums:
         low, high = np.percentile(found, _TAILS)
         return round(float(low), _DIGITS), round(float(high), _DIGITS)
 
-    def _drawn(self, draws: int, seed: int) -> list[NDArray[np.int64]]:
-        """How often each record is in each draw."""
+    def _drawn(self, draws: int, seed: int) -> Iterator[NDArray[np.int64]]:
+        """How often each record is in each draw; one after the other, as all of them are large."""
         generator, size = np.random.default_rng(seed), len(self.stats_RS)
-        return [np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(draws)]
+        for _ in range(draws):
+            yield np.bincount(generator.integers(size, size=size), minlength=size)
 
 
 def mean_of(values: Sequence[float], signature: str) -> Sums:
