@@ -52,6 +52,9 @@ VARIANTS = {
     "upper half of the layers": ["train.lr=0.1", "prefix.layers=[4,5,6,7]"],
     "lower half of the layers": ["train.lr=0.1", "prefix.layers=[0,1,2,3]"],
     "the first position frozen": ["train.lr=0.1"],
+    "start: words of the vocabulary": ["train.lr=0.1", "prefix.init=vocabulary"],
+    "start: words of the vocabulary, rate 0.3": ["train.lr=0.3", "prefix.init=vocabulary"],
+    "constant, rate 0.3": ["train.lr=0.3", "train.schedule=constant"],
 }
 PROGRAMS = {"the first position frozen": "tests.benchmarks.frozen_first"}
 
