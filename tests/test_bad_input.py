@@ -37,7 +37,7 @@ def refused(place):
         ("train.lr=-1", "'train.lr=-1': train.lr: -1: Input should be greater than or equal to 0"),
         ("model.recompute=0", "model.recompute: 0: expected true, false, a number of layers, or auto"),
         ("model.recompute=3", "model.recompute: 3, but LlamaForCausalLM has 2 layers that can be computed"),
-        ("prefix.init=words", "prefix.init: 'words': Input should be 'text' or 'random'"),
+        ("prefix.init=words", "prefix.init: 'words': Input should be 'text', 'vocabulary' or 'random'"),
         ("train.micro_batch_tokens=9", "train.micro_batch_tokens: 9 is less than data.max_length 64"),
         ("data.too_long=split", "data.too_long: split is for plain text; with a data.prompt choose"),
         ("prefix.text=null", "prefix.text: missing; write the instruction to start from"),

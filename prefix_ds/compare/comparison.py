@@ -117,9 +117,7 @@ def _differing(runs: Sequence[Seen]) -> list[str]:
 
 def _ranked(rows: Iterable[Row], by: str) -> list[Row]:
     """The best first; those without the measure last. The best of each data set is marked."""
-    in_order = sorted(
-        rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name, row.members[0].place)
-    )
+    in_order = sorted(rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name))
     best = {
         row.data: index for index, row in reversed([*enumerate(in_order)]) if math.isfinite(_rank(row, by))
     }
