@@ -10,11 +10,11 @@ Knows nothing of tensors.
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefix_ds.checkpoint import PrefixFacts
-from prefix_ds.config import DataKeys, RunConfig
-from prefix_ds.tracking import masked
+from prefix_ds.config import DataKeys, GenerateKeys, RunConfig, TrainKeys
+from prefix_ds.tracking import masked, without_secrets
 from prefix_ds.verdicts import Verdict, front_of
 
 _OF = {"": "the trained prefix", "bare": "the bare base", "instruction": "the instruction alone"}
@@ -37,7 +37,7 @@ def card(parts: Iterable[Part], end_of_turn: str | None = None, note: str = "") 
 
     `end_of_turn` is the token that ends an answer; None: the tokenizer's own.
     """
-    first, *others = parts = list(parts)
+    first, *others = parts = list(map(_publishable, parts))
     config, facts = first.config, first.facts
     sections = [
         _header(facts),
@@ -50,7 +50,15 @@ def card(parts: Iterable[Part], end_of_turn: str | None = None, note: str = "") 
         "## Licence\n\nNot stated. The base and the data have licences of their own; state yours here and in "
         "the header (`license:`).",
     ]
-    return masked("\n\n".join(sections) + "\n", config.mlflow.uri)
+    return masked("\n\n".join(sections) + "\n", config.mlflow.uri, is_template=True)
+
+
+def _publishable(part: Part) -> Part:
+    """With what a card tells masked value by value: in its text nobody knows a template from a secret."""
+    sections = {name: getattr(part.config, name) for name in ("model", "prefix", "data")}
+    told = without_secrets({name: keys.model_dump() for name, keys in sections.items()})
+    clean = {name: keys.model_copy(update=told[name]) for name, keys in sections.items()}
+    return replace(part, config=part.config.model_copy(update=clean))
 
 
 def _header(facts: PrefixFacts) -> str:
@@ -131,6 +139,7 @@ def _loading(config: RunConfig, facts: PrefixFacts, end_of_turn: str | None) -> 
     revision = f", revision={json.dumps(facts.revision)}" if facts.revision else ""
     window = f"\n\nBeware: {lost_behind(facts.window)}." if facts.window else ""
     tokenizer = json.dumps(config.model.tokenizer or facts.base)
+    trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     end = "tokenizer.eos_token_id"
     if end_of_turn:
         end = f"tokenizer.convert_tokens_to_ids({json.dumps(end_of_turn)})"
@@ -143,32 +152,46 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 base, adapter = {json.dumps(facts.base)}, "."
-tokenizer = AutoTokenizer.from_pretrained({tokenizer}{revision if not config.model.tokenizer else ""})
-model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{config.model.dtype}")
+tokenizer = AutoTokenizer.from_pretrained({tokenizer}{revision if not config.model.tokenizer else ""}{trust})
+model = AutoModelForCausalLM.from_pretrained(base{revision}{trust}, dtype="{config.model.dtype}")
 end = {end}
 model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # and none of the base's own
 model = PeftModel.from_pretrained(model, adapter).eval()
 
 {_asking(config.data)}
-output = model.generate(**ids, max_new_tokens={config.generate.max_new_tokens}, do_sample=False)
+output = model.generate(**ids, {_writing(config.generate)})
 text = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
 print(text)
 ```
 
-With prefix-ds: `{_importing(config.data)}`, then `prefix-ds generate RUN --prompt TEXT`.{window}'''
+With prefix-ds: `{_importing(config)}`, then `prefix-ds generate RUN --prompt TEXT`.{window}'''
 
 
-def _importing(data: DataKeys) -> str:
+def _importing(config: RunConfig) -> str:
     """With the keys without which a prompt would be read in another way; an adapter does not hold them."""
-    told: dict[str, object] = {"chat": True} if data.is_chat else {}
+    data, model, tokens = config.data, config.model, TrainKeys().micro_batch_tokens
+    told: dict[str, object] = {"model.tokenizer": model.tokenizer} if model.tokenizer else {}
+    told |= {"model.trust_remote_code": True} if model.trust_remote_code else {}
+    told |= {"data.chat": True} if data.is_chat else {}
     default = DataKeys()
     told |= {
-        name: getattr(data, name)
+        f"data.{name}": getattr(data, name)
         for name in ("chat_options", "max_length")
         if getattr(data, name) != getattr(default, name)
     }
-    words = [f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in told.items()]
+    told |= {"train.micro_batch_tokens": data.max_length} if data.max_length > tokens else {}  # one must fit
+    texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in told.values()]
+    words = map("=".join, zip(told, texts, strict=True))
     return shlex.join(["prefix-ds", "import", "THIS_FOLDER", "RUN", *words])
+
+
+def _writing(keys: GenerateKeys) -> str:
+    """How `generate` writes, in transformers' words, whose own top_k would be 50."""
+    told: dict[str, object] = {"max_new_tokens": keys.max_new_tokens}
+    told |= {"num_beams": keys.num_beams} if keys.num_beams > 1 else {}
+    told |= {"do_sample": keys.temperature > 0}
+    told |= {"temperature": keys.temperature, "top_p": keys.top_p, "top_k": 0} if keys.temperature else {}
+    return ", ".join(f"{name}={value!r}" for name, value in told.items())
 
 
 def lost_behind(window: int) -> str:

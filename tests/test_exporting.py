@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefix_ds.card import Part, card
 from prefix_ds.checkpoint import read_prefix, write_prefix
-from prefix_ds.config import config_text
+from prefix_ds.config import config_text, parse_config
 from prefix_ds.errors import RunError
 from prefix_ds.export import export_prefix, read_peft
 from prefix_ds.merging import MEANING, merged
@@ -102,14 +104,47 @@ def written_by_us(run):
     return ended.out
 
 
-def test_the_cards_snippet_writes_what_we_write(run, tmp_path):
-    card, _ = exported(tmp_path / "peft", run)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_cards_snippet_writes_what_we_write(run, tmp_path, num_beams):
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = (copy / "run.yaml").read_text().replace("num_beams: 1", f"num_beams: {num_beams}")
+    (copy / "run.yaml").write_text(config)
+    card, _ = exported(tmp_path / "peft", copy)
     code = snippet_of(card)
     assert '"{source} ="' in code
-    ours = written_by_us(run)
+    ours = written_by_us(copy)
     assert outcome(code.replace("{source} =", PROMPT), tmp_path / "peft") == ours
-    (without,) = command("generate", run, "--prompt", PROMPT, "--without-prefix")
+    (without,) = command("generate", copy, "--prompt", PROMPT, "--without-prefix")
     assert without.out != ours
+
+
+def card_of(*words):
+    config = parse_config("{model: {name: acme/tiny}, prefix: {text: Say it}}", words)
+    return card([Part(config, FACTS, 5, {})])
+
+
+def imported_as(text):
+    """The configuration that the card's import line comes to."""
+    _, _, _, _, *words = shlex.split(re.search("`(prefix-ds import THIS_FOLDER RUN[^`]*)`", text)[1])
+    return parse_config("{model: {name: acme/tiny}, prefix: {init: random, length: 5}}", words)
+
+
+def test_a_card_imports_long_examples_as_they_were_read():
+    words = ["data.max_length=9000", "train.micro_batch_tokens=20000"]
+    assert imported_as(card_of(*words)).data.max_length == 9000
+
+
+def test_a_card_opens_the_tokenizer_and_the_code_that_the_run_had():
+    text = card_of("model.tokenizer=acme/words", "model.trust_remote_code=true")
+    model = imported_as(text).model
+    assert (model.tokenizer, model.trust_remote_code) == ("acme/words", True)
+    assert snippet_of(text).count(", trust_remote_code=True") == 2
+
+
+def test_a_card_samples_where_the_run_does():
+    code = snippet_of(card_of("generate.temperature=0.7", "generate.top_p=0.9"))
+    assert "do_sample=True, temperature=0.7, top_p=0.9, top_k=0)" in code
+    assert "do_sample=False)" in snippet_of(card_of())
 
 
 def test_a_card_loads_a_base_by_its_whole_path_and_leaves_its_authors_settings_out(run, tmp_path):
@@ -165,6 +200,13 @@ def test_no_secret_reaches_a_card(run, tmp_path):
     assert "hunter2" not in card
     assert "abcdefghijklmnop" not in card
     assert "***" in card
+
+
+def test_a_card_keeps_the_words_of_a_template():
+    text = card_of("data.prompt=Token: {token} Tag:", "data.train=train.jsonl?token=hunter2")
+    assert "| prompt | `Token: {token} Tag:` |" in text
+    assert 'prompt = "Token: {token} Tag:"' in snippet_of(text)
+    assert "| training data | train.jsonl?token=*** |" in text
 
 
 @pytest.mark.parametrize(
