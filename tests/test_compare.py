@@ -191,6 +191,13 @@ def test_a_folder_under_two_names_is_one_run(tmp_path: Path) -> None:
     assert len(of_folders(run, tmp_path / "latest", tmp_path).runs) == 1
 
 
+def test_the_order_of_folders_changes_nothing(tmp_path: Path) -> None:
+    a = made_run(tmp_path, "same", "train.lr=1", digests={"train": "a" * 32, "valid": "c" * 32})
+    b, c = (made_run(tmp_path, "same", f"train.lr={lr}", loss=2.5) for lr in (2, 3))
+    assert plain(of_folders(a, b, c)) == plain(of_folders(c, b, a))
+    assert [row.data for row in of_folders(c, b, a).runs] == ["A", "B", "B"], "the oldest is of the first"
+
+
 def test_a_mean_loss_over_fewer_seeds_is_told(tmp_path: Path) -> None:
     runs = a_sweep(tmp_path)
     evaluated(runs[0], "valid", 1.7, {"rougeL": (40.0, 39.0, 41.0)})

@@ -43,8 +43,8 @@ class Folders:
         self._runs = list({run.resolve(): run for run in reversed(found)}.values())[::-1]
 
     def runs(self) -> list[Seen]:
-        """All of them. Raises PrefixError."""
-        return [_seen(run) for run in self._runs]
+        """All of them, the oldest first, in whatever order they were named. Raises PrefixError."""
+        return sorted(map(_seen, self._runs), key=lambda run: (run.started, run.place))
 
     def gone(self, runs: Sequence[Seen]) -> set[str]:
         """None: `runs` has looked."""
