@@ -748,6 +748,19 @@ def test_a_prefix_that_mlflow_lost_is_told(server: MlflowServer, tmp_path: Path)
     assert of_mlflow(server.uri, "lost").warnings == (f"a: its result is gone ({state['run_id']})",)
 
 
+def test_a_prefix_that_mlflow_was_not_sent_yet_is_not_lost(server: MlflowServer, tmp_path: Path) -> None:
+    from prefix_ds.tracking.mlflow_run import MlflowRun
+
+    run = made_run(tmp_path, "a", experiment="on its way")
+    there = MlflowRun(run, server.uri)
+    there.open()
+    list(there.send_metrics())
+    there.send_summary()
+    there.send_status("FINISHED")
+    assert row(of_mlflow(server.uri, "on its way"), "a").values["result_bytes"].value == 1000
+    assert of_mlflow(server.uri, "on its way").warnings == ()
+
+
 def test_a_database_can_be_read_where_its_files_cannot(server: MlflowServer, tmp_path: Path) -> None:
     sync_run(made_run(tmp_path, "a", experiment="files elsewhere"), server.uri)
     found = of_mlflow(f"sqlite:///{server.folder}/mlflow.db", "files elsewhere")

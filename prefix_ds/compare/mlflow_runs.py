@@ -30,16 +30,19 @@ class MlflowRuns:
         """Reads nothing yet."""
         self._experiment = experiment
         self.name = f"experiment {experiment.name} at {experiment.address}"
+        self._had_files: set[str] = set()
 
     def runs(self) -> list[Seen]:
         """All of them. Raises RunError."""
         told = self._experiment.runs()
+        self._had_files = {run.run_id for run in told if run.had_files}
         summaries = self._summaries(told)
         return [_seen(run, summaries[run.run_id]) for run in told]
 
     def gone(self, runs: Sequence[Seen]) -> set[str]:
         """The places of runs whose prefix MLflow was sent and no longer has."""
-        sent = [run.place for run in runs if _is_prefix(run) and "result_bytes" in run.values]
+        had = [run for run in runs if run.place in self._had_files]  # others wait for theirs, or for a store
+        sent = [run.place for run in had if _is_prefix(run) and "result_bytes" in run.values]
         there = self._experiment.has_files(sent, "prefix")
         return {place for place, has in zip(sent, there, strict=True) if not has}
 

@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from prefix_ds.errors import PrefixError, RunError
 from prefix_ds.tracking.facts import DatasetFacts
 from prefix_ds.tracking.masking import masked, words_of
-from prefix_ds.tracking.mlflow_terms import DATA_COUNTS, milliseconds, plain_key, quiet_mlflow
+from prefix_ds.tracking.mlflow_terms import DATA_COUNTS, FILES_TAG, milliseconds, plain_key, quiet_mlflow
 from prefix_ds.tracking.state import absolute_uri
 from prefix_ds.tracking.summary import Histories, Point
 
@@ -50,6 +50,7 @@ class ToldRun:
     tags: dict[str, str]
     datasets: tuple[DatasetFacts, ...]
     started: float  # unix seconds
+    had_files: bool  # all that it was to be sent
 
 
 class Experiment:
@@ -179,6 +180,7 @@ def _told(run: Run) -> ToldRun:
         tags,
         tuple(_dataset(given) for given in (run.inputs.dataset_inputs if run.inputs else ())),
         (run.info.start_time or 0) / 1000,
+        FILES_TAG in tags,
     )
 
 

@@ -24,6 +24,7 @@ from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import FILE as METRICS_FILE
 from prefix_ds.tracking.metrics import MetricsReader, Record, read_metrics
 from prefix_ds.tracking.mlflow_terms import (
+    FILES_TAG,
     METRICS_A_REQUEST,
     PARAMETER_LENGTH,
     TAG_LENGTH,
@@ -135,6 +136,8 @@ class MlflowRun:
                 self._send_file(path, name)
                 self._state.files[name] = version
                 self._save()
+        if is_last:
+            self._tell_tags({FILES_TAG: "sent"})
 
     def send_status(self, otherwise: str) -> None:
         """Tells the server how the run ended: as its facts say, or `otherwise` if they do not."""

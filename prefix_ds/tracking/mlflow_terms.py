@@ -19,6 +19,7 @@ from prefix_ds.tracking.masking import masked
 
 METRICS_A_REQUEST = 1000
 PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000  # characters
+FILES_TAG = "prefix_ds.files"  # of a run all of whose files were sent once
 DATA_COUNTS = ("examples", "targets")  # of a data set, as tags of a run's use of it
 _KEY_LENGTH = 250
 
