@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -799,6 +800,35 @@ def test_the_report_is_kept_and_seeds_are_nested(server: MlflowServer, tmp_path:
     assert parent.data.metrics["summary/valid_loss"] == pytest.approx(1.42)
     assert parent.info.status == "FINISHED"
     assert plain(of_mlflow(server.uri, "kept")) == before, "made runs are none of those compared"
+
+
+def test_a_parent_has_no_mean_of_before_and_a_deleted_one_no_children(
+    server: MlflowServer, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    scores = [(40, evaluation_metrics("test", 1.7, SCORES))]
+    for seed in (0, 1):
+        run = made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}", more=scores, experiment="again")
+        sync_run(run, server.uri)
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("again")
+
+    def logged() -> dict[str, Any]:
+        compare(Request(experiment="again", uri=server.uri, log=True))
+        return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+    parent = logged()["a (2 seeds)"]
+    assert parent.data.metrics["evaluate/test/loss"] == 1.7
+    client.log_metric(parent.info.run_id, "evaluate/test/gone", 9.0)
+    metrics = logged()["a (2 seeds)"].data.metrics
+    assert math.isnan(metrics["evaluate/test/gone"])
+    assert metrics["evaluate/test/loss"] == 1.7
+    client.delete_run(parent.info.run_id)
+    runs = logged()
+    assert runs["a (2 seeds)"].info.run_id != parent.info.run_id
+    for seed in (0, 1):
+        assert runs[f"a-s{seed}"].data.tags["mlflow.parentRunId"] == runs["a (2 seeds)"].info.run_id
 
 
 def test_an_unknown_experiment_names_those_that_exist(server: MlflowServer, tmp_path: Path) -> None:

@@ -102,11 +102,12 @@ def _json(comparison: Comparison) -> str:
 
 def _keep(experiment: "Experiment", comparison: Comparison, text: str) -> None:
     """The report as an artifact of a run of its own, and runs over seeds below a parent."""
+    from prefix_ds.tracking.experiment import Family
+
     name = f"comparison by {measures.title(comparison.by)}"
     experiment.keep_report(name, {"report.html": text, "comparison.json": _json(comparison)})
-    for row in comparison.rows:
-        if row.kind == "seeds":
-            experiment.nest(_key(row), _title(row), [run.place for run in row.members], _figures(row))
+    rows = [row for row in comparison.rows if row.kind == "seeds"]
+    experiment.nest([Family(_key(r), _title(r), [run.place for run in r.members], _figures(r)) for r in rows])
 
 
 def _key(row: Row) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mlflow.entities import DatasetInput, Metric, Run
+from mlflow.entities import DatasetInput, Metric, Run, ViewType
 from mlflow.tracking import MlflowClient
 
 from prefix_ds.errors import PrefixError, RunError
@@ -29,6 +29,7 @@ from prefix_ds.tracking.state import absolute_uri
 from prefix_ds.tracking.summary import Histories, Point
 
 KIND_TAG = "prefix_ds.kind"  # of runs that were not trained but made to show others
+_MADE = f"tags.`{KIND_TAG}` != ''"
 _PARENT_TAG = "mlflow.parentRunId"
 _NOW = "now."  # a parameter that changed (see mlflow_run)
 _THREADS = 8
@@ -51,6 +52,16 @@ class ToldRun:
     datasets: tuple[DatasetFacts, ...]
     started: float  # unix seconds
     had_files: bool  # all that it was to be sent
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that are shown below one parent, which has a name and figures of them all."""
+
+    key: str  # the same for the same configuration
+    name: str
+    run_ids: Sequence[str]
+    figures: Mapping[str, float]
 
 
 class Experiment:
@@ -86,43 +97,53 @@ class Experiment:
     def keep_report(self, name: str, texts: Mapping[str, str]) -> None:
         """Makes texts the artifacts of a run of that name, in place of its earlier ones. Raises RunError."""
         with self._telling():
-            run_id = self._made_run("comparison", name, name)
+            run_id = self._made_run("comparison", name, name).info.run_id
             for file, text in texts.items():
                 self._client.log_text(run_id, text, file)
             self._client.set_terminated(run_id)
 
-    def nest(self, key: str, name: str, run_ids: Sequence[str], figures: Mapping[str, float]) -> None:
-        """Puts runs below one parent, which shows `figures`; where they hang already they stay.
+    def nest(self, families: Sequence[Family]) -> None:
+        """Puts runs below a parent each, which shows the family's figures and none of before.
 
-        Raises RunError.
+        Where runs hang already they stay, but below a parent of ours that was deleted. Raises RunError.
         """
         with self._telling():
-            parent, now = self._made_run("seeds", key, name), milliseconds(time.time())
-            self._client.update_run(parent, name=name)
-            self._client.log_batch(
-                parent, [Metric(plain_key(n), value, now, 0) for n, value in figures.items()]
-            )
-            for run_id in run_ids:
-                if _PARENT_TAG not in self._client.get_run(run_id).data.tags:
-                    self._client.set_tag(run_id, _PARENT_TAG, parent)
-            self._client.set_terminated(parent)
+            deleted = {run.info.run_id for run in self._found(_MADE, ViewType.DELETED_ONLY)}
+            parents = {run.info.run_id: run.data.tags.get(_PARENT_TAG) for run in self._found("")}
+            free = {run_id for run_id, parent in parents.items() if parent is None or parent in deleted}
+            for family in families:
+                self._nest(family, free.intersection(family.run_ids))
 
-    def _made_run(self, kind: str, key: str, name: str) -> str:
+    def _nest(self, family: Family, run_ids: Iterable[str]) -> None:
+        parent, now = self._made_run("seeds", family.key, family.name), milliseconds(time.time())
+        figures = {plain_key(name): value for name, value in family.figures.items()}
+        told = dict.fromkeys(parent.data.metrics, math.nan) | figures  # no metric can be taken back
+        self._client.update_run(parent.info.run_id, name=family.name)
+        self._client.log_batch(parent.info.run_id, [Metric(n, value, now, 0) for n, value in told.items()])
+        for run_id in run_ids:
+            self._client.set_tag(run_id, _PARENT_TAG, parent.info.run_id)
+        self._client.set_terminated(parent.info.run_id)
+
+    def _made_run(self, kind: str, key: str, name: str) -> Run:
         """The run of that kind and key, made if there is none."""
         mark = f"{kind} {key}"
-        for run in self._found(f"tags.`{KIND_TAG}` != ''"):
+        for run in self._found(_MADE):
             if run.data.tags[KIND_TAG] == mark:
-                return str(run.info.run_id)
-        made = self._client.create_run(self._id, tags={KIND_TAG: mark}, run_name=name)
-        return str(made.info.run_id)
+                return run
+        return self._client.create_run(self._id, tags={KIND_TAG: mark}, run_name=name)
 
-    def _found(self, query: str) -> list[Run]:
+    def _found(self, query: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
         found: list[Run] = []
         token: str | None = None
         with self._telling():
             while True:
                 page = self._client.search_runs(
-                    [self._id], query, max_results=_PAGE, order_by=["attributes.start_time"], page_token=token
+                    [self._id],
+                    query,
+                    view,
+                    max_results=_PAGE,
+                    order_by=["attributes.start_time"],
+                    page_token=token,
                 )
                 found += page
                 token = page.token
