@@ -22,7 +22,7 @@ from prefix_ds.loading import load_tokenizer
 from prefix_ds.logs import configure_logging
 from prefix_ds.merging import MEANING, merged
 from prefix_ds.run_folder import RunFolder, open_run, write_config
-from prefix_ds.tracking import log_model
+from prefix_ds.tracking import log_model, resolved_uri
 from prefix_ds.verdicts import present_verdicts
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,14 @@ def export_to_mlflow(run: Path, name: str, uri: str | None, overrides: Sequence[
     """
     configure_logging()
     part, _ = _part(run, overrides)
+    own = part.config.mlflow.uri
+    where = uri or (own and resolved_uri(own, run))
     spec = importlib.util.find_spec("prefix_ds.served")
     assert spec is not None
     assert spec.origin is not None
     with TemporaryDirectory() as place:
         copy = _slim_copy(run, part.config, Path(place))
-        return log_model(run, name, code=Path(spec.origin), files=copy, uri=uri or part.config.mlflow.uri)
+        return log_model(run, name, code=Path(spec.origin), files=copy, uri=where)
 
 
 def _part(run: Path, overrides: Sequence[str] = ()) -> tuple[Part, SavedPrefix]:

@@ -158,6 +158,23 @@ def test_what_differs_where_it_will_run_is_registered_with_it(server, run, tmp_p
     assert "bits: 8" in (kept.parent / "run.yaml").read_text()
 
 
+def test_the_database_of_a_run_is_found_from_another_folder(server, run, tmp_path):
+    copy, there = shutil.copytree(run, tmp_path / "run"), tmp_path / "there"
+    there.mkdir()
+    shutil.copy(server.folder / "mlflow.db", tmp_path / "my.db")  # making one takes ten times as long
+    own = f"sqlite:///{tmp_path}/my.db"
+    (copy / "mlflow.json").write_text(json.dumps({"uri": own}))
+    facts = json.loads((copy / "facts.json").read_text())
+    (copy / "facts.json").write_text(json.dumps(facts | {"experiment": "with a store of its own"}))
+    config = (copy / "run.yaml").read_text().replace(server.uri, "sqlite:///my.db")
+    (copy / "run.yaml").write_text(config)
+    here = functools.partial(in_folder, there)
+    (ended,) = command("export", copy, "--mlflow", "moved", before=here)
+    assert ended.code == 0, ended.err
+    assert not (there / "my.db").exists()
+    assert MlflowClient(own, own).get_model_version("moved", "1")
+
+
 def test_what_nobody_could_load_is_not_registered(run, tmp_path):
     words = ["engine.deepspeed=gone.json"]
     line = refusal("export", run, "--mlflow", "gone", *words)
@@ -183,6 +200,8 @@ def test_a_deleted_prefix_and_a_server_that_is_gone_are_one_line(run, tmp_path):
     line = refusal("export", run, "--mlflow", "turned", "--uri", "http://bob:hunter2@127.0.0.1:9")
     assert line.startswith("http://***@127.0.0.1:9: MLflow did not take the model turned: ")
     assert "hunter2" not in line
+    line = refusal("export", run, "--mlflow", "turned", "mlflow.uri=http://***@127.0.0.1:9")
+    assert "; no password is kept: give the server's whole URI (--uri)" in line
     assert "one run folder and KEY=VALUE, and nothing else" in refusal(
         "export", run, tmp_path, "--mlflow", "turned"
     )

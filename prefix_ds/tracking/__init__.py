@@ -15,6 +15,7 @@ from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import Record, read_metrics
 from prefix_ds.tracking.models import log_model
 from prefix_ds.tracking.progress import CONSOLE, Progress, progress_bar
+from prefix_ds.tracking.state import resolved_uri
 from prefix_ds.tracking.summary import (
     SOURCES,
     Histories,
@@ -54,6 +55,7 @@ __all__ = [
     "progress_bar",
     "read_facts",
     "read_metrics",
+    "resolved_uri",
     "result_bytes",
     "result_mark",
     "summary",

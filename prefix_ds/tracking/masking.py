@@ -11,6 +11,9 @@ import re
 from urllib.parse import unquote
 
 STARS = "***"
+WITH_PASSWORD = (
+    "no password is kept: give the server's whole URI (--uri), or MLFLOW_TRACKING_USERNAME and so on"
+)
 _LONG = 8  # characters of a password that stands in no text by chance
 _QUOTED_OR_WORD = r"""(?:"[^"]*"|'[^']*'|[^\s"',;&]+)"""
 _SECRET_NAME = r"(?:token|password|passwd|pwd|secret|credentials?|api[_-]?key|access[_-]?key)"

@@ -14,7 +14,7 @@ from prefix_ds import __version__
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.tracking.facts import has_facts, read_facts
-from prefix_ds.tracking.masking import masked, words_of
+from prefix_ds.tracking.masking import WITH_PASSWORD, is_masked, masked, words_of
 from prefix_ds.tracking.state import absolute_uri, read_state
 
 _PACKAGES = ("torch", "transformers", "deepspeed")
@@ -39,7 +39,7 @@ def log_model(run: Path, name: str, *, code: Path, files: Path, uri: str | None)
     try:
         return _logged(run, name, code, files, uri)
     except Exception as error:
-        words = words_of(error, uri)
+        words = words_of(error, uri) + (f"; {WITH_PASSWORD}" if is_masked(uri) else "")
         raise RunError(f"{masked(uri, uri)}: MLflow did not take the model {name}: {words}") from error
 
 

@@ -8,13 +8,9 @@ from pathlib import Path
 from prefix_ds.dist import set_default_environment
 from prefix_ds.errors import RunError
 from prefix_ds.tracking.facts import read_facts
-from prefix_ds.tracking.masking import is_masked, masked, words_of
+from prefix_ds.tracking.masking import WITH_PASSWORD, is_masked, masked, words_of
 from prefix_ds.tracking.progress import progress_bar
 from prefix_ds.tracking.state import only_writer, resolved_uri
-
-_WITH_PASSWORD = (
-    "no password is kept: give the server's whole URI (--uri), or MLFLOW_TRACKING_USERNAME and so on"
-)
 
 
 def sync_run(run: Path, uri: str | None = None) -> int:
@@ -37,7 +33,7 @@ def sync_run(run: Path, uri: str | None = None) -> int:
         except Exception as error:
             words = words_of(error, uri)
             where = masked(uri, uri)
-            way = _WITH_PASSWORD if is_masked(uri) else "sync again later"
+            way = WITH_PASSWORD if is_masked(uri) else "sync again later"
             raise RunError(f"{where}: MLflow did not take everything: {words}; {way}") from None
 
 
