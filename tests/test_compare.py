@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from prefix_ds.compare.folders import Folders
 from prefix_ds.compare.mlflow_runs import MlflowRuns
 from prefix_ds.compare.page import page
 from prefix_ds.compare.rows import Row
+from prefix_ds.compare.seen import Value
 from prefix_ds.compare.table import show
 from prefix_ds.errors import RunError, printable
-from prefix_ds.tracking import sync_run
+from prefix_ds.tracking import sync_run, told_mark
 from prefix_ds.verdicts import present_verdicts
 from tests.browser import PROGRAM, Tab, opened
 from tests.compared import (
@@ -185,6 +187,17 @@ def test_templates_that_name_other_fields_are_other_runs(tmp_path: Path) -> None
     assert {"token", "word"} <= set(names(of_folders(tmp_path)))
 
 
+def test_runs_without_parameters_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run = made_run(tmp_path, name)
+        facts = json.loads((run / "facts.json").read_text())
+        (run / "facts.json").write_text(json.dumps(facts | {"params": {}}))
+    made_run(tmp_path, "c")
+    comparison = of_folders(tmp_path)
+    assert {"a", "b", "c"} <= set(names(comparison))
+    assert comparison.keys == ()
+
+
 def test_a_folder_under_two_names_is_one_run(tmp_path: Path) -> None:
     run = made_run(tmp_path, "one")
     (tmp_path / "latest").symlink_to(run.name)
@@ -206,6 +219,26 @@ def test_a_mean_loss_over_fewer_seeds_is_told(tmp_path: Path) -> None:
     notes = row(of_folders(tmp_path), "prefix-0.1").notes
     assert "validation loss of 2 of 3" in notes
     assert "valid scores of 1 of 3" in notes
+
+
+def test_seeds_are_in_the_order_of_numbers_and_may_be_any_text(tmp_path: Path) -> None:
+    for seed in (10, 9, 0):
+        made_run(tmp_path, "a", f"train.seed={seed}")
+    assert row(of_folders(tmp_path), "a").seeds == ["0", "9", "10"]
+    run = tmp_path / "0002"
+    (run / "facts.json").write_text(
+        (run / "facts.json").read_text().replace('"train.seed": "0"', '"train.seed": "\\u001b[31m"')
+    )
+    comparison = of_folders(tmp_path)
+    assert "\x1b[31m" in row(comparison, "a").seeds
+    assert "\x1b" not in on_terminal(comparison) + page_of(comparison, tmp_path)
+
+
+def test_curves_and_levels_are_told_apart_without_colours(tmp_path: Path) -> None:
+    made_run(tmp_path, "a")
+    text = page_of(of_folders(tmp_path), tmp_path)
+    dashes = dict(re.findall(r"\.(curve\.c\d|level) \{[^}]*stroke-dasharray: ([\d ]+);", text))
+    assert len(dashes) == len(set(dashes.values())) == 8, "the first curve is drawn through"
 
 
 @pytest.mark.parametrize(("low", "high"), [(3.1129, 3.1131), (2.0, 2.0001), (0.0, 1.0), (900.0, 1300.0)])
@@ -558,6 +591,18 @@ def test_losses_that_are_no_numbers_are_never_the_best(tmp_path: Path) -> None:
     assert "<svg" in page_of(comparison, tmp_path)
 
 
+def test_a_summary_that_is_no_number_ends_nothing(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "a")
+    (seen,) = Folders([run]).runs()
+    for odd in (math.nan, math.inf):
+        assert told_mark({"valid_step": odd}).step is None
+        other = replace(seen, values=dict.fromkeys(seen.values, Value(odd)))
+        comparison = compared("odd", [seen, other])
+        json.dumps(as_data(comparison), allow_nan=False)
+        assert on_terminal(comparison)
+        assert page_of(comparison, run)
+
+
 def test_a_deleted_result_is_told(tmp_path: Path) -> None:
     made_run(tmp_path, "a")
     made_run(tmp_path, "b", "train.lr=1", size=0)
@@ -600,6 +645,7 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     assert "page.html: cannot be written: No such file" in said(
         tmp_path, "--html", tmp_path / "no" / "page.html"
     )
+    assert ".: is a folder; name a file" in said(tmp_path, "--html", ".")
     assert "sqlite:///mlflow.db: there is no such database" in said(cwd=tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
 

@@ -42,6 +42,7 @@ from prefix_ds.tracking import (
 from prefix_ds.tracking.facts import read_facts
 from prefix_ds.tracking.machine import Machine
 from prefix_ds.tracking.mlflow_run import MlflowRun
+from prefix_ds.tracking.mlflow_terms import PARAMETER_LENGTH, cut
 from prefix_ds.tracking.state import only_writer, read_state
 from tests.mlflow_server import MlflowServer, free_port, silent_server
 
@@ -206,6 +207,12 @@ def test_a_parameter_that_changed_becomes_a_tag(server: MlflowServer, run: Path)
     open_tracker(run, facts_of(run, size=8), uri=None, resume_step=0).close("FINISHED")
     sync_run(run, server.uri)
     assert only_run(server.uri, run).data.tags["now.size"] == "8"
+
+
+def test_long_texts_that_differ_at_their_end_stay_two() -> None:
+    one, other = (cut("x" * 7000 + end, PARAMETER_LENGTH) for end in "ab")
+    assert one != other
+    assert len(one) == PARAMETER_LENGTH
 
 
 def test_a_run_the_server_lost_is_made_again_in_full(

@@ -81,6 +81,7 @@ def predicted_alone_and_together(run):
     served = ServedPrefix()
     served.load_context(SimpleNamespace(artifacts={"run": run}))
     asked = PROMPTS * 4
+    assert served.predict([]) == []
     alone = [served.predict([prompt]) for prompt in asked]
     with ThreadPoolExecutor(4) as pool:
         return alone, list(pool.map(lambda prompt: served.predict([prompt]), asked))
@@ -104,6 +105,7 @@ def test_the_model_belongs_to_the_run_and_holds_no_base_and_no_pickle(server, ru
     assert max(path.stat().st_size for path in kept) < base
     config = next(path for path in kept if path.name == "run.yaml").read_text()
     assert str(run.parent / "base") in config
+    assert "train.jsonl" not in config, "it reads no data"
 
 
 def copy_that_stopped(run, folder, server):
@@ -121,6 +123,7 @@ def test_how_and_when_the_training_ended_stays_as_it_was(server, run, tmp_path):
     (ended,) = command("export", copy, "--mlflow", "stopped")
     assert ended.code == 0, ended.err
     assert client.get_model_version("stopped", "1").run_id == run_id
+    assert not client.list_artifacts(run_id, "prefix"), "the model's files are none of the run's"
     assert refusal("export", copy, "--mlflow", "a/b") == "--mlflow: 'a/b': a model's name has neither / nor :"
     told = client.get_run(run_id).info
     assert (told.status, told.end_time) == ("KILLED", 1234567)
@@ -131,9 +134,10 @@ def test_a_run_that_was_deleted_in_mlflow_is_none(server, run, tmp_path):
     client.delete_run(run_id)
     (ended,) = command("export", copy, "--mlflow", "deleted")
     assert ended.code == 0, ended.err
-    other = client.get_run(client.get_model_version("deleted", "1").run_id).info
-    assert other.run_id != run_id
-    assert (other.run_name, other.status) == ("run", "FINISHED")
+    made = client.get_run(client.get_model_version("deleted", "1").run_id)
+    assert made.info.run_id != run_id
+    assert (made.info.run_name, made.info.status) == ("run", "FINISHED")
+    assert made.data.tags["prefix_ds.kind"] == "model", "it is none of those compared"
 
 
 def in_folder(folder, _rank):

@@ -20,6 +20,7 @@ from prefix_ds.tracking import (
     process_tags,
     progress_bar,
     read_metrics,
+    result_bytes,
     sync_run,
     without_secrets,
 )
@@ -86,6 +87,20 @@ def test_a_line_of_odd_values_is_skipped(part: str, run: Path, caplog: pytest.Lo
     (run / "metrics.jsonl").write_text(f'{{{part}}}\n{{"step": 3, "time": 1, "x": NaN}}\n')
     assert [record.step for record in read_metrics(run)] == [3]
     assert "skipping a damaged line" in caplog.text
+
+
+def test_metrics_that_cannot_be_read_are_one_line(run: Path) -> None:
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be read: Is a directory"):
+        read_metrics(run)
+
+
+def test_what_is_being_written_is_no_result(run: Path) -> None:
+    (run / "prefix").mkdir()
+    (run / "prefix" / ".tmp-prefix.safetensors").write_bytes(bytes(9))
+    assert result_bytes(run) is None
+    (run / "prefix" / "prefix.safetensors").write_bytes(bytes(7))
+    assert result_bytes(run) == 7
 
 
 def test_facts_of_odd_values_are_one_line(run: Path) -> None:
@@ -270,6 +285,17 @@ def test_the_status_tells_how_the_run_ended(run: Path, error: BaseException | No
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"facts\.json.*a run folder was expected"):
         sync_run(tmp_path, "http://nowhere")
+    with pytest.raises(RunError, match=r"facts\.json.*a run folder was expected"):
+        sync_run(tmp_path / "nothere", "http://nowhere")
+
+
+def test_a_run_that_cannot_be_sent_from_its_folder_is_one_line(run: Path) -> None:
+    write_facts(run, facts_of(run), goes_on=False)
+    with pytest.raises(RunError, match=r"give its URI \(--uri\)"):
+        sync_run(run)
+    (run / ".mlflow.lock").mkdir()
+    with pytest.raises(RunError, match="cannot be written: Is a directory"):
+        sync_run(run, "http://nowhere")
 
 
 # Progress
