@@ -51,7 +51,11 @@ class ToldRun:
     tags: dict[str, str]
     datasets: tuple[DatasetFacts, ...]
     started: float  # unix seconds
-    had_files: bool  # all that it was to be sent
+
+    @property
+    def had_files(self) -> bool:
+        """Whether MLflow was sent all of its files."""
+        return FILES_TAG in self.tags
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Experiment:
     def keep_report(self, name: str, texts: Mapping[str, str]) -> None:
         """Makes texts the artifacts of a run of that name, in place of its earlier ones. Raises RunError."""
         with self._telling():
-            run_id = self._made_run("comparison", name, name).info.run_id
+            run_id = self._made_run("comparison", name, name, self._found(_MADE)).info.run_id
             for file, text in texts.items():
                 self._client.log_text(run_id, text, file)
             self._client.set_terminated(run_id)
@@ -109,13 +113,15 @@ class Experiment:
         """
         with self._telling():
             deleted = {run.info.run_id for run in self._found(_MADE, ViewType.DELETED_ONLY)}
-            parents = {run.info.run_id: run.data.tags.get(_PARENT_TAG) for run in self._found("")}
+            there = self._found("")
+            parents = {run.info.run_id: run.data.tags.get(_PARENT_TAG) for run in there}
             free = {run_id for run_id, parent in parents.items() if parent is None or parent in deleted}
             for family in families:
-                self._nest(family, free.intersection(family.run_ids))
+                parent = self._made_run("seeds", family.key, family.name, there)
+                self._nest(family, parent, free.intersection(family.run_ids))
 
-    def _nest(self, family: Family, run_ids: Iterable[str]) -> None:
-        parent, now = self._made_run("seeds", family.key, family.name), milliseconds(time.time())
+    def _nest(self, family: Family, parent: Run, run_ids: Iterable[str]) -> None:
+        now = milliseconds(time.time())
         figures = {plain_key(name): value for name, value in family.figures.items()}
         told = dict.fromkeys(parent.data.metrics, math.nan) | figures  # no metric can be taken back
         self._client.update_run(parent.info.run_id, name=family.name)
@@ -124,11 +130,11 @@ class Experiment:
             self._client.set_tag(run_id, _PARENT_TAG, parent.info.run_id)
         self._client.set_terminated(parent.info.run_id)
 
-    def _made_run(self, kind: str, key: str, name: str) -> Run:
-        """The run of that kind and key, made if there is none."""
+    def _made_run(self, kind: str, key: str, name: str, there: Iterable[Run]) -> Run:
+        """The run of that kind and key among those that are there, made if there is none."""
         mark = f"{kind} {key}"
-        for run in self._found(_MADE):
-            if run.data.tags[KIND_TAG] == mark:
+        for run in there:
+            if run.data.tags.get(KIND_TAG) == mark:
                 return run
         return self._client.create_run(self._id, tags={KIND_TAG: mark}, run_name=name)
 
@@ -201,7 +207,6 @@ def _told(run: Run) -> ToldRun:
         tags,
         tuple(_dataset(given) for given in (run.inputs.dataset_inputs if run.inputs else ())),
         (run.info.start_time or 0) / 1000,
-        FILES_TAG in tags,
     )
 
 

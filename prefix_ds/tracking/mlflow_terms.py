@@ -72,8 +72,10 @@ def plain_key(name: str) -> str:
 
 def cut(text: str, limit: int) -> str:
     """The text, or as much of its start as MLflow takes, and a digest of all of it: two texts stay two."""
+    if len(text) <= limit:
+        return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return text if len(text) <= limit else f"{text[: limit - 20]}... {digest}"
+    return f"{text[: limit - 20]}... {digest}"
 
 
 def quiet_mlflow() -> None:
