@@ -298,6 +298,17 @@ def gathered(value: Answer) -> list[Answer]:
     return boxes
 
 
+def hosts_apart(value: object) -> tuple[str, str] | None:
+    """The hosts whose ranks have another value than rank 0, and rank 0's host; None where all are alike.
+
+    Every rank calls this with a small picklable value.
+    """
+    found = gathered((socket.gethostname(), value))
+    first_host, first = found[0]
+    others = sorted({host for host, theirs in found if theirs != first})
+    return (", ".join(others), first_host) if others else None
+
+
 def together(work: Callable[[], Answer]) -> Answer:
     """Runs `work` on every rank; a user's mistake on one is raised on all, so none waits for a dead peer.
 

@@ -38,7 +38,7 @@ from prefix_ds.tracking import (
     told_mark,
 )
 from prefix_ds.verdicts import Mark
-from prefix_ds.writing import write_outputs
+from prefix_ds.writing import check_prompts, write_outputs
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
         if world.is_first:
             tell_cut(prompts, config.data.max_length)
         opened = _opened(folder, config, request, world)
-        together(lambda: _check_reach(opened, examples, config))
+        together(lambda: _check_reach(opened, examples, prompts, config))
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)
         on_first(
@@ -109,11 +109,13 @@ def _model_mark(run: Path) -> Mark:
     return told_mark(summary(histories_of(read_metrics(run)), None, best_by(params)))
 
 
-def _check_reach(opened: Opened, examples: Examples, config: RunConfig) -> None:
+def _check_reach(opened: Opened, examples: Examples, prompts: Sequence[Prompt], config: RunConfig) -> None:
     """Raises ConfigError or DataError for a position or a token that the base has not."""
     check_ids([examples], opened.tokenizer, opened.lm.vocab_size)
     longest = int(examples.lengths.max(initial=0)) + (0 if opened.table_PD is None else len(opened.table_PD))
     opened.lm.check_length(longest, "data.max_length")
+    if config.evaluate.scores:
+        check_prompts(opened, prompts, config.generate)
 
 
 def _outputs(opened: Opened, prompts: Sequence[Prompt], config: RunConfig, world: World) -> list[str] | None:

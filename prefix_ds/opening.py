@@ -13,11 +13,11 @@ from torch import Tensor
 
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import ModelKeys, RunConfig
-from prefix_ds.dist import World, first_here_first, together
+from prefix_ds.dist import World, first_here_first, hosts_apart, together
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded
-from prefix_ds.errors import ConfigError
+from prefix_ds.errors import ConfigError, RunError
 from prefix_ds.initial import chosen_slots
 from prefix_ds.loading import check_folder, load_base, load_tokenizer
 from prefix_ds.model import PrefixLM
@@ -47,7 +47,7 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     settings = deepspeed_settings(config, world.size)
     tokenizer = together(lambda: tokenizer_of(folder, config))
     is_prefix = config.train.method == "prefix" and with_prefix
-    saved = together(lambda: read_prefix(folder.prefix)) if is_prefix else None
+    saved = _saved_of(folder) if is_prefix else None
     base = first_here_first(world, lambda: load_base(keys))  # the others find what it downloaded
     shards = sharded(in_shards(base, settings), settings)
     lm = PrefixLM(shards.module, attention=keys.attention, device=world.device)
@@ -56,6 +56,22 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
     table_PD, slots = together(lambda: _table_on(saved, config, lm))
     mark = Mark(saved.facts.step, saved.sha256)
     return Opened(lm, table_PD.to(world.device), slots, tokenizer, shards, mark)
+
+
+def _saved_of(folder: RunFolder) -> SavedPrefix:
+    """The same on all ranks: a run that trains meanwhile replaces its prefix. Every rank calls this."""
+    saved = together(lambda: read_prefix(folder.prefix))
+
+    def refuse_others() -> None:
+        if apart := hosts_apart(saved.sha256):
+            others, first = apart
+            raise RunError(
+                f"{saved.path}: {others}: another prefix than on {first}: copy the run's folder there, or "
+                "start again if it was being written"
+            )
+
+    together(refuse_others)
+    return saved
 
 
 def check_is_prefix(config: RunConfig) -> None:

@@ -79,16 +79,26 @@ def write_outputs(
 
     Raises ConfigError and DataError. Every rank calls this.
     """
-    lengths = [len(prompt.ids) for prompt in prompts]
-    more = (0 if writer.table_PD is None else len(writer.table_PD)) + keys.max_new_tokens
-    writer.lm.check_length(max(lengths) + more, "generate.max_new_tokens")
-    check_id(max(max(prompt.ids) for prompt in prompts), writer.lm.vocab_size, "a prompt")
+    check_prompts(writer, prompts, keys)
+    lengths, more = [len(prompt.ids) for prompt in prompts], _beside(writer, keys)
     manner = manner_of(writer.lm, writer.sharded, keys, world, max(lengths) + more)
     batches = batches_of(lengths, more, manner)
     with whole(writer.sharded) if manner.is_whole else nullcontext():
         mine = _written(writer, prompts, batches, keys, world, manner.is_whole, is_shown)
     texts = {n: text for part in gathered(mine) for n, text in part.items()}
     return [Written(p.text, texts[n], p.references) for n, p in enumerate(prompts)]
+
+
+def check_prompts(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys) -> None:
+    """Raises ConfigError or DataError for a position or a token that the base has not."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    writer.lm.check_length(longest + _beside(writer, keys), "generate.max_new_tokens")
+    check_id(max(max(prompt.ids) for prompt in prompts), writer.lm.vocab_size, "a prompt")
+
+
+def _beside(writer: Writer, keys: GenerateKeys) -> int:
+    """Positions that a prompt needs besides its own, at most."""
+    return (0 if writer.table_PD is None else len(writer.table_PD)) + keys.max_new_tokens
 
 
 def _written(

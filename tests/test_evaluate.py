@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from prefix_ds import evaluate as evaluating
 from prefix_ds.checkpoint import latest, read_prefix, write_prefix
 from prefix_ds.config import config_text, parse_config
+from prefix_ds.errors import ConfigError
 from prefix_ds.evaluation import Sample, sampled
+from prefix_ds.model import PrefixLM
 from prefix_ds.scores import KNOWN, values_of
 from prefix_ds.verdicts import prefix_mark, present_verdicts, read_verdicts
 from tests.disks import fill_before
@@ -357,6 +359,19 @@ def test_mlflow_has_them_and_may_be_away(run, tmp_path):
 
 
 # while training
+
+
+def test_what_is_too_long_to_write_is_told_before_anything_is_read(run, tmp_path, monkeypatch):
+    def longest(lm, num_positions, key):
+        if num_positions > 100:
+            raise ConfigError(f"{key}: {num_positions}")
+
+    monkeypatch.setattr(PrefixLM, "check_length", longest)
+    monkeypatch.setattr(evaluating, "record_losses", lambda *_: pytest.fail("the records were read"))
+    copy = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^generate\.max_new_tokens: 1\d\d$"):
+        evaluating.evaluate(copy, ["generate.max_new_tokens=99"], evaluating.Request())
+
 
 EVERY = ["evaluate.every=2", "evaluate.sample=6", "generate.max_new_tokens=8", "train.lr=0.1"]
 

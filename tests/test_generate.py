@@ -4,17 +4,23 @@ import functools
 import json
 import os
 import shutil
+import socket
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from prefix_ds.checkpoint import read_prefix
+from prefix_ds import dist
+from prefix_ds import generate as generating
+from prefix_ds.checkpoint import read_prefix, write_prefix
 from prefix_ds.config import config_text
-from prefix_ds.errors import ConfigError
+from prefix_ds.errors import ConfigError, PrefixError, RunError
 from prefix_ds.generate import Request, check_request
+from prefix_ds.opening import open_trained
+from prefix_ds.run_folder import open_run
 from tests.disks import fill_before
-from tests.ranks import command
+from tests.ranks import command, on_ranks
 from tests.refusals import refusal
 from tests.workshop import records, run_config, write_jsonl
 
@@ -51,6 +57,35 @@ def written(run, tmp_path):
 
 def outputs(rows):
     return [row["output"] for row in rows]
+
+
+def refused_here(folder, run):
+    """What a rank is told that has a run and an input of its own."""
+    asked = Request(input_file=folder / f"{os.environ['RANK']}.jsonl")
+    with pytest.raises(PrefixError) as caught:
+        generating.generate(run, [], asked)
+    return str(caught.value)
+
+
+def refused_with_another_prefix(folder, run):
+    with dist.joined_world() as world:
+        mine = shutil.copytree(run, folder / f"run{world.rank}")
+        if world.rank:
+            kept = read_prefix(mine / "prefix")
+            write_prefix(mine / "prefix", kept.slots, replace(kept.facts, step=9))
+        opened, config = open_run(mine, [])
+        with pytest.raises(RunError) as caught:
+            open_trained(opened, config, world)
+        return str(caught.value)
+
+
+def test_ranks_with_other_prompts_or_another_prefix_do_not_write_together(run, tmp_path):
+    for rank in range(2):
+        write_jsonl(tmp_path / f"{rank}.jsonl", [{"source": r["source"]} for r in RECORDS[rank:]])
+    for line in on_ranks(2, refused_here, tmp_path, run):
+        assert line.startswith(f"{socket.gethostname()}: other prompts than on ")
+    for line in on_ranks(2, refused_with_another_prefix, tmp_path, run):
+        assert f"prefix.safetensors: {socket.gethostname()}: another prefix than on " in line
 
 
 def test_every_record_has_its_row_in_order(written, tmp_path):

@@ -391,6 +391,22 @@ def test_a_kernel_for_gpus_is_given_only_what_it_takes(
         assert varlen.is_for(*text, layout) == takes
 
 
+def test_a_kernel_that_refuses_is_gone_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch's own on a CPU does; one that computes is taken."""
+    tried = torch.device("cpu"), torch.bfloat16, 64
+    varlen._runs.cache_clear()
+    assert not varlen._runs(*tried)
+    assert not varlen._runs(*tried)
+    (line,) = caplog.messages  # said once
+    assert line.startswith("attention's kernel for packed rows is not used: ")
+    varlen._runs.cache_clear()
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", attended_by_reference)
+    assert varlen._runs(*tried)
+    varlen._runs.cache_clear()
+
+
 def test_values_narrower_than_keys_are_filled_up_for_a_kernel() -> None:
     layout = apart.Layout([Document(0, 0, 9)], Causal(), frozenset(), 1.0)
 

@@ -219,7 +219,12 @@ class GenerateKeys(Section):
     """How text is written with a trained prefix."""
 
     max_new_tokens: int = key(128, "longest output, in tokens", ge=1, free=True)
-    num_beams: int = key(1, "beams; 1 is greedy or sampled", ge=1, free=True)
+    num_beams: int = key(
+        1,
+        "beams; 1 is greedy or sampled, and only then is what is sampled the same in any batch",
+        ge=1,
+        free=True,
+    )
     temperature: float = key(0.0, "0 takes the likeliest token; above, tokens are sampled", ge=0, free=True)
     top_p: float = key(
         1.0, "sample from the likeliest tokens of this total probability", gt=0, le=1, free=True

@@ -8,7 +8,6 @@ Knows nothing of batches, ranks' shares and models.
 
 import hashlib
 import itertools
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,12 +115,11 @@ def load_examples(split: str, data: DataKeys, tokenizer: Any, world: dist.World)
 
 def _refuse_other_machines(split: str, digest: str) -> None:
     """Ranks deal parts of one order: with other examples they would train on parts of two."""
-    found = dist.gathered((socket.gethostname(), digest))
-    others = sorted({host for host, theirs in found if theirs != found[0][1]})
-    if others:
+    if apart := dist.hosts_apart(digest):
+        others, first = apart
         raise DataError(
-            f"data.{split}: {', '.join(others)}: other examples than on {found[0][0]}: the same files, "
-            "revisions and tokenizer are needed everywhere"
+            f"data.{split}: {others}: other examples than on {first}: the same files, revisions and "
+            "tokenizer are needed everywhere"
         )
 
 

@@ -6,12 +6,14 @@ prefix is so many more keys in front of each document: it is copied for each, wh
 scores, and nothing has to be put together afterwards.
 
 A window would hide the prefix, so layers whose window is shorter than a document are left to `apart`. So is
-all that the kernel does not take: float32, large heads or ones of odd sizes, GPUs before Ampere. It wants
-keys and values of one size; values that are narrower, as latent attention has them, are filled with zeros.
+all that the kernel does not take: float32, large heads or ones of odd sizes, GPUs before Ampere, and whatever
+else it refuses where it is tried once (torch may be built without it). It wants keys and values of one size;
+values that are narrower, as latent attention has them, are filled with zeros.
 
 Knows nothing of modules, and of masks no more than their pattern.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +29,8 @@ from prefix_ds.data.batch import Document, sent
 from prefix_ds.model.apart import Layout
 from prefix_ds.model.standing import device_type
 
+log = logging.getLogger(__name__)
+
 _LARGEST_HEAD, _HEADS_ARE_MULTIPLES_OF = 256, 8
 _AMPERE = (8, 0)
 _TYPES = (torch.bfloat16, torch.float16)
@@ -40,13 +44,29 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     is_filled = query.shape[-1] == size >= value.shape[-1]
     fits = is_filled and size <= _LARGEST_HEAD and size % _HEADS_ARE_MULTIPLES_OF == 0
     can_be = fits and sees_all and longest > 0 and query.dtype in _TYPES
-    return can_be and device_type(query) == "cuda" and _is_new_enough(query.device)
+    return (
+        can_be and device_type(query) == "cuda" and (query.is_meta or _runs(query.device, query.dtype, size))
+    )
 
 
 @lru_cache
-def _is_new_enough(device: torch.device) -> bool:
-    """Of a GPU; what only stands for one (`standing`) is."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _AMPERE
+def _runs(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether the kernel computes two documents with heads of this size, forwards and backwards."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _AMPERE:
+        return False
+    query, key = (torch.zeros(4, heads, size, dtype=dtype, device=device) for heads in (2, 1))
+    borders = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
+    try:
+        with torch.enable_grad():
+            leaves = query.requires_grad_(), key.requires_grad_()
+            seen: Any = varlen.varlen_attn(
+                query, key, key, borders, borders, 3, 3, scale=1.0, window_size=(-1, 0), enable_gqa=True
+            )
+            torch.autograd.grad(seen.sum(), leaves)
+    except (RuntimeError, TypeError) as error:
+        log.warning("attention's kernel for packed rows is not used: %s", str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def attended(
