@@ -77,7 +77,7 @@ TASKS = (
     Task(
         "DialogSum", "summarization", "dialogsum",
         "#Person1#: Is the book here?\\n#Person2#: Yes, take it.\\nTL;DR: #Person1# asks #Person2# for a book.\\n",
-        "rougeL", 640, 64, 100, 16, ', references: " {summaries}"',
+        "rougeL", 640, 64, 64, 16, ', references: " {summaries}"',
     ),
     Task(
         "Multi30k", "translation", "multi30k",
