@@ -391,6 +391,21 @@ def test_a_kernel_for_gpus_is_given_only_what_it_takes(
         assert varlen.is_for(*text, layout) == takes
 
 
+def test_a_kernel_is_given_all_of_the_rows_and_padding_in_short_pieces() -> None:
+    documents = [Document(0, 0, 5), Document(0, 5, 7), Document(2, 3, 300)]
+    found = varlen._sequences(documents, frozenset({2}), (3, 300))
+    told = [(d.row, d.start, d.stop, has_front) for d, has_front in found]
+    assert told[:5] == [
+        (0, 0, 5, False),
+        (0, 5, 7, False),
+        (0, 7, 135, False),
+        (0, 135, 263, False),
+        (0, 263, 300, False),
+    ]
+    assert told[5:8] == [(1, 0, 128, False), (1, 128, 256, False), (1, 256, 300, False)]
+    assert told[8:] == [(2, 0, 3, False), (2, 3, 300, True)]
+
+
 def test_a_kernel_that_refuses_is_gone_on_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

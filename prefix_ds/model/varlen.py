@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from prefix_ds.model.standing import device_type
 log = logging.getLogger(__name__)
 
 _LARGEST_HEAD, _HEADS_ARE_MULTIPLES_OF = 256, 8
+_LONGEST_PADDING = 128  # places of a row that belong to no document, in a sequence
 _AMPERE = (8, 0)
 _TYPES = (torch.bfloat16, torch.float16)
 
@@ -72,18 +73,19 @@ def _runs(device: torch.device, dtype: torch.dtype, size: int) -> bool:
 def attended(
     query_BNTH: Tensor, key_BKTH: Tensor, value_BKTH: Tensor, front: tuple[Tensor, Tensor], layout: Layout
 ) -> Tensor:
-    """As `apart.attended`."""
+    """As `apart.attended`, but for places of no document, which nothing asks for: they see each other."""
     num_rows, num_heads, length, size = query_BNTH.shape
     width = value_BKTH.shape[-1]
+    rows = num_rows, length
     course = _course(
-        tuple(layout.documents), layout.rows_with_front, front[0].shape[1], length, query_BNTH.device
+        tuple(layout.documents), layout.rows_with_front, front[0].shape[1], rows, query_BNTH.device
     )
     key_SKH, value_SKH = (
         _filled_up(_Joined.apply(before.transpose(0, 1), _flat(text), course), size)  # type: ignore[no-untyped-call]
         for before, text in zip(front, (key_BKTH, value_BKTH), strict=True)
     )
-    seen_QNH: Any = varlen.varlen_attn(
-        _flat(query_BNTH).index_select(0, course.queries),
+    seen_TNH: Any = varlen.varlen_attn(
+        _flat(query_BNTH),
         key_SKH,
         value_SKH,
         course.query_borders,
@@ -94,9 +96,8 @@ def attended(
         window_size=(-1, 0),
         enable_gqa=num_heads != key_BKTH.shape[1],
     )
-    nothing = query_BNTH.new_zeros(num_rows * length, num_heads, width)
-    whole: Tensor = nothing.index_copy(0, course.queries, seen_QNH[..., :width])
-    return whole.view(num_rows, length, num_heads, width)
+    whole: Tensor = seen_TNH[..., :width].view(*rows, num_heads, width)
+    return whole
 
 
 class _Joined(torch.autograd.Function):
@@ -105,7 +106,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, front_PKH: Tensor, text_TKH: Tensor, course: "_Course") -> Tensor:
-        ctx.course, ctx.length, ctx.num_texts = course, len(front_PKH), len(text_TKH)
+        ctx.course, ctx.length = course, len(front_PKH)
         return torch.cat([front_PKH, text_TKH]).index_select(0, course.keys)
 
     @staticmethod
@@ -117,20 +118,17 @@ class _Joined(torch.autograd.Function):
             wide = torch.promote_types(grad_SKH.dtype, torch.float32)
             to_front = copies_DPKH.sum(0, dtype=wide).to(grad_SKH.dtype)
         if ctx.needs_input_grad[1]:
-            of_text_TKH = grad_SKH.index_select(0, course.texts)
-            nothing = grad_SKH.new_zeros(ctx.num_texts, *grad_SKH.shape[1:])
-            to_text = nothing.index_copy(0, course.queries, of_text_TKH)
+            to_text = grad_SKH.index_select(0, course.texts)
         return to_front, to_text, None
 
 
 @dataclass(frozen=True)
 class _Course:
-    """Where the documents' queries and keys are taken from, and where each ends."""
+    """Where the sequences' keys are taken from, and where each ends. Their queries are the flattened rows."""
 
-    queries: Tensor  # places in the flattened rows
     keys: Tensor  # places in prefix and flattened rows
     fronts: Tensor  # which of these are the prefix's
-    texts: Tensor  # and which the rows', document by document
+    texts: Tensor  # and which the rows', in their order
     query_borders: Tensor
     key_borders: Tensor
     longest: int
@@ -138,21 +136,43 @@ class _Course:
 
 @lru_cache(maxsize=4)  # all layers of a micro-batch have one
 def _course(
-    documents: tuple[Document, ...], with_front: frozenset[int], front: int, row: int, device: torch.device
+    documents: tuple[Document, ...],
+    with_front: frozenset[int],
+    front: int,
+    rows: tuple[int, int],
+    device: torch.device,
 ) -> _Course:
-    places = [torch.arange(d.row * row + d.start, d.row * row + d.stop) for d in documents]
-    fronts = [torch.arange(front if d.row in with_front else 0) for d in documents]
+    sequences = _sequences(documents, with_front, rows)
+    places = [torch.arange(d.row * rows[1] + d.start, d.row * rows[1] + d.stop) for d, _ in sequences]
+    fronts = [torch.arange(front if has_front else 0) for _, has_front in sequences]
     keys = [torch.cat([before, place + front]) for before, place in zip(fronts, places, strict=True)]
     is_text = torch.cat(keys) >= front
     return _Course(
-        sent(torch.cat(places), device),
         sent(torch.cat(keys), device),
         sent((~is_text).nonzero()[:, 0], device),
         sent(is_text.nonzero()[:, 0], device),
         sent(_borders(places), device),
         sent(_borders(keys), device),
-        max(d.length for d in documents),
+        max(d.length for d, _ in sequences),
     )
+
+
+def _sequences(
+    documents: Sequence[Document], with_front: frozenset[int], rows: tuple[int, int]
+) -> list[tuple[Document, bool]]:
+    """All that rows of such a number and length hold, in order, and whether a prefix stands in front of it.
+
+    What pads a row is cut into short ones: no query has to be taken out of the rows, nor a result put back.
+    """
+    found = []
+    for row in range(rows[0]):
+        reached, end = 0, Document(row, rows[1], rows[1])
+        for document in (*sorted((d for d in documents if d.row == row), key=lambda d: d.start), end):
+            cuts = (*range(reached, document.start, _LONGEST_PADDING), document.start)
+            found += [(Document(row, *pair), False) for pair in pairwise(cuts)]
+            found += [(document, row in with_front)] if document.length else []
+            reached = document.stop
+    return found
 
 
 def _borders(sequences: Sequence[Tensor]) -> Tensor:
