@@ -312,34 +312,96 @@ def test_documents_of_one_length_share_a_mask(
     assert len(lengths) == masks
 
 
-def attended_by_reference(query, key, value, q_ends, k_ends, *_: Any, scale, window_size, enable_gqa):
-    """In place of a kernel that GPUs have: sequence by sequence, causality lined up at their ends."""
-    assert window_size == (-1, 0)
-    seen = []
-    for (q0, q1), (k0, k1) in zip(pairwise(q_ends.tolist()), pairwise(k_ends.tolist()), strict=True):
-        mask = Causal().seen(q1 - q0, k1 - k0, query.device)
-        one = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        seen.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                *one, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-            ).transpose(0, 1)
+def sequences_of(part):
+    """Slices of queries and of keys, and which of the keys each query sees."""
+    for q, k in zip(pairwise(part.query_borders.tolist()), pairwise(part.key_borders.tolist()), strict=True):
+        num_queries, num_keys = q[1] - q[0], k[1] - k[0]
+        assert num_queries <= part.longest_query
+        assert num_keys <= part.longest_key
+        after = torch.arange(num_keys) - torch.arange(num_queries)[:, None] - (num_keys - num_queries)
+        before, behind = part.window
+        seen = (after >= -before if before >= 0 else True) & (
+            after <= behind if behind >= 0 else after < 2**30
         )
-    return torch.cat(seen)
+        yield slice(*q), slice(*k), seen
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "deepseek_v3"])
-def test_a_kernel_for_gpus_is_given_what_it_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def scores_of(query_TNH, key_SNH, seen, scale):
+    return (torch.einsum("tnh,snh->nts", query_TNH, key_SNH) * scale).masked_fill(~seen, -torch.inf)
+
+
+def kernel_by_reference(query, key, value, part, scale):
+    """In place of a kernel that GPUs have: sequence by sequence, causality lined up at their ends."""
+    seen, sums = [], []
+    group = query.shape[1] // key.shape[1]
+    for q, k, shown in sequences_of(part):
+        key_SNH, value_SNH = (t[k].repeat_interleave(group, 1) for t in (key, value))
+        scores_NTS = scores_of(query[q], key_SNH, shown, scale)
+        seen.append(torch.einsum("nts,snh->tnh", scores_NTS.softmax(-1), value_SNH))
+        sums.append(scores_NTS.logsumexp(-1))
+    return torch.cat(seen), torch.cat(sums, dim=1)
+
+
+def kernel_backwards_by_reference(query, key, value, outcome, part, scale):
+    """What the kernel's backward pass computes, from the result and the sums that it is given."""
+    to_query, to_key, to_value = (torch.zeros_like(t) for t in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    products_NT = (outcome.grad_TNH * outcome.seen_TNH).sum(-1).t()
+    for q, k, shown in sequences_of(part):
+        key_SNH, value_SNH = (t[k].repeat_interleave(group, 1) for t in (key, value))
+        part_NTS = (scores_of(query[q], key_SNH, shown, scale) - outcome.sums_NT[:, q, None]).exp()
+        grad_NTS = torch.einsum("tnh,snh->nts", outcome.grad_TNH[q], value_SNH)
+        to_scores = part_NTS * (grad_NTS - products_NT[:, q, None]) * scale
+        to_query[q] = torch.einsum("nts,snh->tnh", to_scores, key_SNH)
+        to_keys = torch.einsum("nts,tnh->snh", to_scores, query[q])
+        to_values = torch.einsum("nts,tnh->snh", part_NTS, outcome.grad_TNH[q])
+        to_key[k] = to_keys.unflatten(1, (-1, group)).sum(2)
+        to_value[k] = to_values.unflatten(1, (-1, group)).sum(2)
+    return to_query, to_key, to_value
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The parts that a reference in the kernel's place was called for."""
+    calls = []
+
+    def kernel(*asked):
+        calls.append(asked[3])
+        return kernel_by_reference(*asked)
+
+    monkeypatch.setattr(varlen, "_kernel", kernel)
+    monkeypatch.setattr(varlen, "_kernel_backwards", kernel_backwards_by_reference)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [
+        ("llama", None),
+        ("gpt2", None),
+        ("mistral", None),
+        ("deepseek_v3", None),
+        ("mistral", 4),
+        ("gemma3_text", 4),
+    ],
+)
+def test_a_kernel_for_gpus_is_given_what_it_needs(
+    family: str, window: int | None, kernel_calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel is none of a CPU's: what is handed to it is tested, by a reference in its place."""
-    lm, calls = PrefixLM(tiny(family)), []
+    lm = PrefixLM(tiny(family, window=window) if window else tiny(family))
     batch, table_PD = batch_of([tokens(6), tokens(3)], [tokens(2), tokens(7)]), noisy_table(lm)
     padded = replace(batch, documents=batch.documents[:3])  # the last is padding
-    want = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
-    monkeypatch.setattr(
-        varlen.varlen, "varlen_attn", lambda *a, **o: (calls.append(1), attended_by_reference(*a, **o))[1]
-    )
+    batches = batch, lacking_last_targets(padded, 7)
+    want = [grad_of(lm, one, table_PD) for one in batches]
     monkeypatch.setattr(varlen, "is_for", lambda *_: True)
-    found = [grad_of(lm, one, table_PD) for one in (batch, lacking_last_targets(padded, 7))]
-    assert len(calls) == 2 * len(lm.slots)
+    monkeypatch.setattr(varlen, "_A_COPY", 5)
+    found = [grad_of(lm, one, table_PD) for one in batches]
+    windows = {part.window for part in kernel_calls}
+    assert windows == (
+        {(-1, 0)} if not window else {(window - 1, 0), (-1, -1)} | ({(-1, 0)} if "gemma" in family else set())
+    )
+    assert len(kernel_calls) >= 2 * len(lm.slots)
     for (loss, grad_PD), (true_loss, true_PD) in zip(found, want, strict=True):
         assert distance(loss, true_loss) < EXACT
         assert distance(grad_PD, true_PD) < EXACT
@@ -355,7 +417,8 @@ def test_what_documents_ask_of_a_prefix_is_summed_in_float32(
     front = [torch.ones(1, 1, size, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
     documents = [Document(0, n, n + 1) for n in range(many)]
     if way == "kernel":
-        monkeypatch.setattr(varlen.varlen, "varlen_attn", attended_by_reference)
+        monkeypatch.setattr(varlen, "_kernel", kernel_by_reference)
+        monkeypatch.setattr(varlen, "_kernel_backwards", kernel_backwards_by_reference)
         layout = apart.Layout(documents, Causal(), frozenset({0}), 1.0)
         seen = varlen.attended(*text, (front[0], front[1]), layout)
     else:
@@ -375,10 +438,10 @@ def test_what_documents_ask_of_a_prefix_is_summed_in_float32(
     [
         (128, torch.bfloat16, 9, None, True),
         (64, torch.float16, 9, 9, True),
+        (64, torch.bfloat16, 9, 8, True),
         (100, torch.bfloat16, 9, None, False),  # open_llama_3b's
         (320, torch.bfloat16, 9, None, False),
         (64, torch.float32, 9, None, False),
-        (64, torch.bfloat16, 9, 8, False),
     ],
 )
 def test_a_kernel_for_gpus_is_given_only_what_it_takes(
@@ -406,20 +469,28 @@ def test_a_kernel_is_given_all_of_the_rows_and_padding_in_short_pieces() -> None
     assert told[8:] == [(2, 0, 3, False), (2, 3, 300, True)]
 
 
-def test_a_kernel_that_refuses_is_gone_on_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("has_windows", [False, True])
+def test_a_kernel_is_taken_only_where_it_agrees(
+    has_windows: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch's own on a CPU does; one that computes is taken."""
-    tried = torch.device("cpu"), torch.bfloat16, 64
-    varlen._runs.cache_clear()
-    assert not varlen._runs(*tried)
-    assert not varlen._runs(*tried)
-    (line,) = caplog.messages  # said once
-    assert line.startswith("attention's kernel for packed rows is not used: ")
-    varlen._runs.cache_clear()
-    monkeypatch.setattr(varlen.varlen, "varlen_attn", attended_by_reference)
-    assert varlen._runs(*tried)
-    varlen._runs.cache_clear()
+    """torch's own refuses on a CPU."""
+    tried = torch.device("cpu"), torch.bfloat16, 64, has_windows
+    kernels: list[tuple[Any, Any]] = [
+        (varlen._kernel, varlen._kernel_backwards),
+        (lambda *asked: kernel_by_reference(*asked[:-1], 2 * asked[-1]), kernel_backwards_by_reference),
+        (kernel_by_reference, lambda *asked: [2 * grad for grad in kernel_backwards_by_reference(*asked)]),
+        (kernel_by_reference, kernel_backwards_by_reference),
+    ]
+    answers = []
+    for forwards, backwards in kernels:
+        varlen._agrees.cache_clear()
+        monkeypatch.setattr(varlen, "_kernel", forwards)
+        monkeypatch.setattr(varlen, "_kernel_backwards", backwards)
+        answers += [varlen._agrees(*tried), varlen._agrees(*tried)]
+    varlen._agrees.cache_clear()
+    assert answers == [False] * 6 + [True] * 2
+    assert len(caplog.messages) == 3  # each said once
+    assert all(m.startswith("attention's kernel for packed rows is not used: ") for m in caplog.messages)
 
 
 def test_values_narrower_than_keys_are_filled_up_for_a_kernel() -> None:

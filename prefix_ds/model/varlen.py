@@ -1,73 +1,97 @@
 """Attention of packed rows on a GPU: one kernel for all documents, whatever their lengths.
 
-torch's kernel for sequences of several lengths (`varlen_attn`, Flash Attention) takes queries and keys of all
-documents one after the other, each with lengths of its own, and lines causality up at their ends. So a
+torch's kernel for sequences of several lengths (Flash Attention; Dao et al. 2022) takes queries and keys of
+all documents one after the other, each with lengths of its own, and lines causality up at their ends. So a
 prefix is so many more keys in front of each document: it is copied for each, which costs little beside the
 scores, and nothing has to be put together afterwards.
 
-A window would hide the prefix, so layers whose window is shorter than a document are left to `apart`. So is
-all that the kernel does not take: float32, large heads or ones of odd sizes, GPUs before Ampere, and whatever
-else it refuses where it is tried once (torch may be built without it). It wants keys and values of one size;
-values that are narrower, as latent attention has them, are filled with zeros.
+A window that is shorter than a document would hide the prefix. There the kernel is called twice, for the text
+in its windows and for the prefix, and the two are put together by the logarithms of their sums. Given the
+result and the sums of both, each part's backward pass finds that part's gradients.
+
+What the kernel does not take is left to `apart`: float32, large heads or ones of odd sizes, GPUs before
+Ampere, and all else where, tried once on the device, it does not give what `apart` does (torch may be built
+without it). It wants keys and values of one size; values that are narrower, as latent attention has them, are
+filled with zeros.
 
 Knows nothing of modules, and of masks no more than their pattern.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import varlen
+from torch.nn.attention import varlen  # noqa: F401 - registers the kernel
 
 from prefix_ds.data.batch import Document, sent
+from prefix_ds.model import apart
 from prefix_ds.model.apart import Layout
+from prefix_ds.model.masks import Causal
 from prefix_ds.model.standing import device_type
 
 log = logging.getLogger(__name__)
 
 _LARGEST_HEAD, _HEADS_ARE_MULTIPLES_OF = 256, 8
 _LONGEST_PADDING = 128  # places of a row that belong to no document, in a sequence
+_A_COPY = 1024  # places that share a copy of the prefix where it is attended by itself: more, and a GPU idles
 _AMPERE = (8, 0)
 _TYPES = (torch.bfloat16, torch.float16)
+_EVERYTHING, _CAUSAL = (-1, -1), (-1, 0)  # windows, as the kernel has them: places before, and after
+_TOLERANCE = 0.05  # of bfloat16, beside the largest number
 
 
 def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes these."""
-    longest = max((document.length for document in layout.documents), default=0)
-    sees_all = layout.pattern.window is None or longest <= layout.pattern.window
     size = key.shape[-1]
     is_filled = query.shape[-1] == size >= value.shape[-1]
     fits = is_filled and size <= _LARGEST_HEAD and size % _HEADS_ARE_MULTIPLES_OF == 0
-    can_be = fits and sees_all and longest > 0 and query.dtype in _TYPES
-    return (
-        can_be and device_type(query) == "cuda" and (query.is_meta or _runs(query.device, query.dtype, size))
-    )
+    is_alike = not _has_windows(layout) or len(layout.rows_with_front) in (0, len(query))
+    can_be = fits and is_alike and bool(layout.documents) and query.dtype in _TYPES
+    if not can_be or device_type(query) != "cuda":
+        return False
+    return query.is_meta or _agrees(query.device, query.dtype, size, _has_windows(layout))
+
+
+def _has_windows(layout: Layout) -> bool:
+    """Whether a document is longer than what a place sees of it."""
+    window = layout.pattern.window
+    return window is not None and any(document.length > window for document in layout.documents)
 
 
 @lru_cache
-def _runs(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """Whether the kernel computes two documents with heads of this size, forwards and backwards."""
+def _agrees(device: torch.device, dtype: torch.dtype, size: int, has_windows: bool) -> bool:
+    """Whether the kernel gives what `apart` gives, and its gradients, for two documents."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _AMPERE:
         return False
-    query, key = (torch.zeros(4, heads, size, dtype=dtype, device=device) for heads in (2, 1))
-    borders = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
+    documents = [Document(0, 0, 3), Document(0, 3, 16)]
+    layout = Layout(documents, Causal(5 if has_windows else None), frozenset({0}), size**-0.5)
+    chance = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 16, size), (1, 2, 16, size), (1, 2, 16, size), (2, 3, size), (2, 3, size)]
+    tensors = [torch.randn(shape, generator=chance).to(device, dtype) for shape in shapes]
     try:
-        with torch.enable_grad():
-            leaves = query.requires_grad_(), key.requires_grad_()
-            seen: Any = varlen.varlen_attn(
-                query, key, key, borders, borders, 3, 3, scale=1.0, window_size=(-1, 0), enable_gqa=True
-            )
-            torch.autograd.grad(seen.sum(), leaves)
-    except (RuntimeError, TypeError) as error:
-        log.warning("attention's kernel for packed rows is not used: %s", str(error).partition("\n")[0])
+        pairs = zip(_tried(attended, tensors, layout), _tried(apart.attended, tensors, layout), strict=True)
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    except (RuntimeError, TypeError) as refusal:
+        log.warning("attention's kernel for packed rows is not used: %s", str(refusal).partition("\n")[0])
         return False
-    return True
+    if error < _TOLERANCE:
+        return True
+    log.warning("attention's kernel for packed rows is not used: it is off by %.2g of the largest", error)
+    return False
+
+
+def _tried(attend: Any, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """What is seen, and the gradients of the sum of its squares."""
+    with torch.enable_grad():
+        query, key, value, *front = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        seen = attend(query, key, value, tuple(front), layout)
+        return [t.detach().float() for t in (seen, *torch.autograd.grad(seen.float().square().sum(), leaves))]
 
 
 def attended(
@@ -75,29 +99,128 @@ def attended(
 ) -> Tensor:
     """As `apart.attended`, but for places of no document, which nothing asks for: they see each other."""
     num_rows, num_heads, length, size = query_BNTH.shape
-    width = value_BKTH.shape[-1]
-    rows = num_rows, length
-    course = _course(
-        tuple(layout.documents), layout.rows_with_front, front[0].shape[1], rows, query_BNTH.device
+    width, rows = value_BKTH.shape[-1], (num_rows, length)
+    text = _flat(key_BKTH), _filled_up(_flat(value_BKTH), size)
+    before = front[0].transpose(0, 1), _filled_up(front[1].transpose(0, 1), size)
+    documents, device = tuple(layout.documents), query_BNTH.device
+    if _has_windows(layout):
+        assert layout.pattern.window is not None
+        borders, longest = _borders_of(documents, rows, device)
+        window = layout.pattern.window - 1, 0
+        parts = [_Part(borders, borders, longest, longest, window)]
+        keys_values = [*text]
+        if layout.rows_with_front:
+            part, num_copies = _prefix_alone(num_rows * length, len(before[0]), device)
+            parts.append(part)
+            keys_values += [t.expand(num_copies, *t.shape).flatten(0, 1) for t in before]
+    else:
+        course = _course(documents, layout.rows_with_front, len(before[0]), rows, device)
+        parts = [course.part]
+        keys_values = [
+            _Joined.apply(*each, course)  # type: ignore[no-untyped-call]
+            for each in zip(before, text, strict=True)
+        ]
+    seen_TNH: Tensor = _Seen.apply(_flat(query_BNTH), layout.scale, parts, *keys_values)  # type: ignore[no-untyped-call]
+    return seen_TNH[..., :width].view(*rows, num_heads, width)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Which queries see which keys: both cut into as many sequences, at these borders."""
+
+    query_borders: Tensor
+    key_borders: Tensor
+    longest_query: int
+    longest_key: int
+    window: tuple[int, int]
+
+
+class _Outcome(NamedTuple):
+    """Of all parts together: what was seen, the logarithms of the sums, and the gradient to what was seen."""
+
+    seen_TNH: Tensor
+    sums_NT: Tensor
+    grad_TNH: Tensor
+
+
+class _Seen(torch.autograd.Function):
+    """What queries see of the keys and values of all parts together."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Of queries, the scale, the parts, and keys and values of each, one after the other."""
+        query_TNH, ctx.scale, ctx.parts, *keys_values = args
+        pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
+        found = [_kernel(query_TNH, *kv, part, ctx.scale) for kv, part in zip(pairs, ctx.parts, strict=True)]
+        seen_TNH, sums_NT = found[0] if len(found) == 1 else _put_together(found)
+        ctx.save_for_backward(query_TNH, seen_TNH, sums_NT, *keys_values)
+        return seen_TNH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query_TNH, seen_TNH, sums_NT, *keys_values = ctx.saved_tensors
+        to_query: Tensor | None = None
+        to_keys_values: list[Tensor | None] = []
+        outcome = _Outcome(seen_TNH, sums_NT, grads[0].contiguous())
+        for number, part in enumerate(ctx.parts):
+            here = slice(2 * number, 2 * number + 2)
+            if not (ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:][here])):
+                to_keys_values += None, None
+                continue
+            key, value = keys_values[here]
+            to_this, *found = _kernel_backwards(query_TNH, key, value, outcome, part, ctx.scale)
+            to_query = to_this if to_query is None else to_query + to_this
+            to_keys_values += found
+        return to_query, None, None, *to_keys_values
+
+
+def _put_together(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of what is seen of each part, and the logarithms of the sums, those of all parts."""
+    sums_NT = torch.stack([each for _, each in found]).logsumexp(0)
+    whole_TNH: Any = sum(seen * (each - sums_NT).exp().t()[..., None] for seen, each in found)
+    return whole_TNH.to(found[0][0].dtype), sums_NT
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:
+    """What is seen [T, N, H], and the logarithms of the sums of scores' exponentials [N, T] in float32."""
+    seen, sums, _ = torch.ops.torch_attn._varlen_attn(
+        query,
+        key,
+        value,
+        part.query_borders,
+        part.key_borders,
+        part.longest_query,
+        part.longest_key,
+        part.window == _CAUSAL,
+        scale,
+        list(part.window),
+        query.shape[1] != key.shape[1],
     )
-    key_SKH, value_SKH = (
-        _filled_up(_Joined.apply(before.transpose(0, 1), _flat(text), course), size)  # type: ignore[no-untyped-call]
-        for before, text in zip(front, (key_BKTH, value_BKTH), strict=True)
+    return seen, sums
+
+
+def _kernel_backwards(
+    query: Tensor, key: Tensor, value: Tensor, outcome: _Outcome, part: _Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to queries, keys and values."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
+        outcome.grad_TNH,
+        query,
+        key,
+        value,
+        outcome.seen_TNH,
+        outcome.sums_NT,
+        part.query_borders,
+        part.key_borders,
+        part.longest_query,
+        part.longest_key,
+        part.window == _CAUSAL,
+        no_dropout,
+        scale,
+        list(part.window),
     )
-    seen_TNH: Any = varlen.varlen_attn(
-        _flat(query_BNTH),
-        key_SKH,
-        value_SKH,
-        course.query_borders,
-        course.key_borders,
-        course.longest,
-        course.longest + front[0].shape[1],
-        scale=layout.scale,
-        window_size=(-1, 0),
-        enable_gqa=num_heads != key_BKTH.shape[1],
-    )
-    whole: Tensor = seen_TNH[..., :width].view(*rows, num_heads, width)
-    return whole
+    return found
 
 
 class _Joined(torch.autograd.Function):
@@ -124,14 +247,12 @@ class _Joined(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Course:
-    """Where the sequences' keys are taken from, and where each ends. Their queries are the flattened rows."""
+    """Where the sequences' keys are taken from. Their queries are the flattened rows."""
 
     keys: Tensor  # places in prefix and flattened rows
     fronts: Tensor  # which of these are the prefix's
     texts: Tensor  # and which the rows', in their order
-    query_borders: Tensor
-    key_borders: Tensor
-    longest: int
+    part: _Part
 
 
 @lru_cache(maxsize=4)  # all layers of a micro-batch have one
@@ -146,15 +267,31 @@ def _course(
     places = [torch.arange(d.row * rows[1] + d.start, d.row * rows[1] + d.stop) for d, _ in sequences]
     fronts = [torch.arange(front if has_front else 0) for _, has_front in sequences]
     keys = [torch.cat([before, place + front]) for before, place in zip(fronts, places, strict=True)]
-    is_text = torch.cat(keys) >= front
+    is_text, longest = torch.cat(keys) >= front, max(d.length for d, _ in sequences)
+    query_borders, key_borders = (_borders(map(len, each), device) for each in (places, keys))
     return _Course(
         sent(torch.cat(keys), device),
         sent((~is_text).nonzero()[:, 0], device),
         sent(is_text.nonzero()[:, 0], device),
-        sent(_borders(places), device),
-        sent(_borders(keys), device),
-        max(d.length for d, _ in sequences),
+        _Part(query_borders, key_borders, longest, longest + front, _CAUSAL),
     )
+
+
+@lru_cache(maxsize=4)
+def _borders_of(
+    documents: tuple[Document, ...], rows: tuple[int, int], device: torch.device
+) -> tuple[Tensor, int]:
+    """Of the sequences that rows hold, and the longest."""
+    lengths = [document.length for document, _ in _sequences(documents, frozenset(), rows)]
+    return _borders(lengths, device), max(lengths)
+
+
+@lru_cache(maxsize=4)
+def _prefix_alone(num_places: int, front: int, device: torch.device) -> tuple[_Part, int]:
+    """All places before a copy of the prefix for some at a time, and the number of copies."""
+    lengths = [min(_A_COPY, num_places - first) for first in range(0, num_places, _A_COPY)]
+    borders = _borders(lengths, device), _borders([front] * len(lengths), device)
+    return _Part(*borders, lengths[0], front, _EVERYTHING), len(lengths)
 
 
 def _sequences(
@@ -175,8 +312,8 @@ def _sequences(
     return found
 
 
-def _borders(sequences: Sequence[Tensor]) -> Tensor:
-    return torch.tensor(list(accumulate(map(len, sequences), initial=0)), dtype=torch.int32)
+def _borders(lengths: Iterable[int], device: torch.device) -> Tensor:
+    return sent(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32), device)
 
 
 def _filled_up(narrow_SKH: Tensor, size: int) -> Tensor:

@@ -11,20 +11,24 @@ Knows nothing of models.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import varlen
+from torch.nn.attention import varlen  # noqa: F401 - registers the kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from prefix_ds.plan.marks import Alive
 
 _aten = torch.ops.aten
+_WINDOWS = {  # which arguments are the longest sequence of keys, and the window
+    torch.ops.torch_attn._varlen_attn: (6, 9),
+    torch.ops.torch_attn._varlen_attn_backward: (9, 13),
+}
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -56,7 +60,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].dtype.is_floating_point and 1.0
         result = func(*args, **(kwargs or {}))
         if rule := flop_registry.get(func._overloadpacket):
-            self.flops += rule(*args, **(kwargs or {}), out_val=result)
+            self.flops += int(rule(*args, **(kwargs or {}), out_val=result) * _seen_part(func, args))
         self._note(result)
         return result
 
@@ -98,7 +102,7 @@ def fused_attention(meter: Meter, device_type: str) -> Iterator[None]:
     On a CPU such kernels want keys and values of one size; others are left to torch, which writes scores
     down.
     """
-    stock, of_several_lengths = functional.scaled_dot_product_attention, varlen.varlen_attn
+    stock = functional.scaled_dot_product_attention
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
@@ -110,22 +114,11 @@ def fused_attention(meter: Meter, device_type: str) -> Iterator[None]:
         result: Tensor = _Fused.apply(query, key, value, bias, meter)  # type: ignore[no-untyped-call]
         return result
 
-    def attend_documents(
-        query_QNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, borders: Tensor, *_: Any, **options: Any
-    ) -> Tensor:
-        count = len(borders) - 1
-        if len(query_QNH) % count or len(key_SKH) % count:
-            return torch.empty_like(query_QNH)  # a trial's; a rehearsal's are of one length
-        one = (t.unflatten(0, (count, -1)).transpose(1, 2) for t in (query_QNH, key_SKH, value_SKH))  # type: ignore[no-untyped-call]
-        result: Tensor = _Fused.apply(*one, None, meter)  # type: ignore[no-untyped-call]
-        return result.transpose(1, 2).flatten(0, 1)
-
     functional.scaled_dot_product_attention = attend
-    varlen.varlen_attn = attend_documents  # type: ignore[assignment]
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention, varlen.varlen_attn = stock, of_several_lengths
+        functional.scaled_dot_product_attention = stock
 
 
 class _Fused(torch.autograd.Function):
@@ -148,6 +141,14 @@ class _Fused(torch.autograd.Function):
         ctx.meter.flops += 3 * _product_flops(query, key, query.shape[-1])
         ctx.meter.flops += 2 * _product_flops(query, key, value.shape[-1])
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
+
+
+def _seen_part(func: Any, args: Sequence[Any]) -> float:
+    """Of the keys that torch counts for a kernel, those that its window shows to a query."""
+    if func._overloadpacket not in _WINDOWS:
+        return 1.0
+    longest, window = (args[number] for number in _WINDOWS[func._overloadpacket])
+    return min(1.0, (window[0] + 1) / longest) if window[0] >= 0 else 1.0
 
 
 def _product_flops(query: Tensor, key: Tensor, size: int) -> int:
