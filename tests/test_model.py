@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -230,7 +230,7 @@ def made_whole(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @pytest.mark.parametrize(
     ("family", "by_ours"),
-    [("llama", 4), ("mistral", 4), ("gpt2", 4), ("gemma2", 0), ("gpt_oss", 0), ("deepseek_v3", 4)],
+    [("llama", 4), ("mistral", 4), ("gpt2", 4), ("gemma2", 4), ("gpt_oss", 4), ("llama4_text", 1)],
 )
 def test_packed_rows_are_attended_without_a_mask_of_theirs(
     family: str, by_ours: int, made_whole: list[None], monkeypatch: pytest.MonkeyPatch
@@ -241,7 +241,42 @@ def test_packed_rows_are_attended_without_a_mask_of_theirs(
     grad_of(lm, batch_of([tokens(9), tokens(3)]), noisy_table(lm))
     assert made_whole == []
     assert len(layouts) == by_ours
-    assert all(layout.pattern == Causal(4 if family == "mistral" else None) for layout in layouts)
+    windows = {"mistral": {4}, "gemma2": {4, None}, "gpt_oss": {4, None}}.get(family, {None})
+    assert {layout.pattern.window for layout in layouts} == windows
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma2", "vaultgemma", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint"],
+)
+def test_caps_and_sinks_are_those_of_the_models_own_attention(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are made so large that one who forgets them is seen. Some models' own softmax is of float32."""
+    base = tiny(family, window=4)
+    has_any = False
+    for module in base.modules():
+        if getattr(module, "attn_logit_softcapping", None) is not None:
+            module.attn_logit_softcapping, has_any = 0.02, True
+        if getattr(module, "sinks", None) is not None:
+            torch.nn.init.normal_(module.sinks, std=2.0)
+            has_any = True
+    assert has_any
+    lm, batch, layouts = PrefixLM(base), batch_of([tokens(9), tokens(3)], [tokens(12)]), []
+    attended, table_PD = apart.attended, noisy_table(lm)
+    monkeypatch.setattr(apart, "attended", lambda *a: (layouts.append(a[-1]), attended(*a))[1])
+    found = grad_of(lm, batch, table_PD)
+    assert any(layout.softcap or layout.sinks_N is not None for layout in layouts)
+    monkeypatch.setattr(attention, "_is_known", lambda *_: False)
+    want = grad_of(lm, batch, table_PD)
+    assert all(distance(mine, theirs) < 1e-5 for mine, theirs in zip(found, want, strict=True))
+
+
+def test_sinks_that_are_trained_get_their_gradient() -> None:
+    base = tiny("gpt_oss").requires_grad_(True)
+    lm = PrefixLM(base)
+    lm.loss(batch_of([tokens(5), tokens(3)]), None, ()).backward()
+    assert all(m.sinks.grad.abs().min() > 0 for m in base.modules() if hasattr(m, "sinks"))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -299,13 +334,13 @@ def test_a_model_that_reads_its_mask_gets_one(made_whole: list[None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "masks"),
-    [("gemma2", 4), ("llama4_text", 4)],  # where a chunk ends depends on the place
+    ("family", "choice", "masks"),
+    [("mistral", "eager", 2), ("llama4_text", "auto", 4)],  # where a chunk ends depends on the place
 )
 def test_documents_of_one_length_share_a_mask(
-    family: str, masks: int, monkeypatch: pytest.MonkeyPatch
+    family: str, choice: Literal["eager", "auto"], masks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm, lengths = PrefixLM(tiny(family, window=4)), []
+    lm, lengths = PrefixLM(tiny(family, window=4), attention=choice), []
     seen = Rule.seen_in
     monkeypatch.setattr(Rule, "seen_in", lambda mask, d: (lengths.append(d.length), seen(mask, d))[1])
     grad_of(lm, batch_of([tokens(9), tokens(3), tokens(9), tokens(3)]), noisy_table(lm))
@@ -383,6 +418,7 @@ def kernel_calls(monkeypatch):
         ("deepseek_v3", None),
         ("mistral", 4),
         ("gemma3_text", 4),
+        ("gpt_oss", 4),
     ],
 )
 def test_a_kernel_for_gpus_is_given_what_it_needs(
@@ -398,9 +434,8 @@ def test_a_kernel_for_gpus_is_given_what_it_needs(
     monkeypatch.setattr(varlen, "_A_COPY", 5)
     found = [grad_of(lm, one, table_PD) for one in batches]
     windows = {part.window for part in kernel_calls}
-    assert windows == (
-        {(-1, 0)} if not window else {(window - 1, 0), (-1, -1)} | ({(-1, 0)} if "gemma" in family else set())
-    )
+    in_windows = {(3, 0), (-1, -1)} if window else set()
+    assert windows == in_windows | (set() if window and family == "mistral" else {(-1, 0)})
     assert len(kernel_calls) >= 2 * len(lm.slots)
     for (loss, grad_PD), (true_loss, true_PD) in zip(found, want, strict=True):
         assert distance(loss, true_loss) < EXACT
@@ -469,12 +504,13 @@ def test_a_kernel_is_given_all_of_the_rows_and_padding_in_short_pieces() -> None
     assert told[8:] == [(2, 0, 3, False), (2, 3, 300, True)]
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("has_windows", [False, True])
 def test_a_kernel_is_taken_only_where_it_agrees(
-    has_windows: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    has_windows: bool, has_sinks: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """torch's own refuses on a CPU."""
-    tried = torch.device("cpu"), torch.bfloat16, 64, has_windows
+    tried = torch.device("cpu"), torch.bfloat16, 64, has_windows, has_sinks
     kernels: list[tuple[Any, Any]] = [
         (varlen._kernel, varlen._kernel_backwards),
         (lambda *asked: kernel_by_reference(*asked[:-1], 2 * asked[-1]), kernel_backwards_by_reference),

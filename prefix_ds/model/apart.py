@@ -12,7 +12,8 @@ the sums. For documents of some hundred tokens that is slower (docs/choices.md),
 of one size.
 
 Below the first layer with a prefix nothing has a gradient; there only the prefix's is wanted. Heads of
-queries that share a key are a group, and the key is not copied for them.
+queries that share a key are a group, and the key is not copied for them. Some models cap their scores, by a
+tangent, or give each head a sink: a score of its own for a key that has no value.
 
 Knows nothing of modules, and of masks no more than their pattern.
 """
@@ -43,6 +44,8 @@ class Layout:
     pattern: Causal
     rows_with_front: frozenset[int]
     scale: float  # of scores
+    softcap: float | None = None  # what scores stay below
+    sinks_N: Tensor | None = None  # a score of each head, without gradient
 
 
 def attended(
@@ -94,6 +97,7 @@ class _Text(NamedTuple):
     value_KTV: Tensor
     front_key_KPH: Tensor
     front_value_KPV: Tensor
+    sinks_KG: Tensor | None
 
     @staticmethod
     def of(document: Document, tensors: Sequence[Tensor], layout: Layout) -> "_Text":
@@ -101,11 +105,13 @@ class _Text(NamedTuple):
         places = slice(document.start, document.stop)
         query, key, value = (t[document.row, :, places] for t in tensors[:3])
         seen = slice(None if document.row in layout.rows_with_front else 0)
-        return _Text(_grouped(query, len(key)), key, value, *(t[:, seen] for t in tensors[3:]))
+        sinks_KG = None if layout.sinks_N is None else layout.sinks_N.view(len(key), -1)
+        front_key, front_value = (t[:, seen] for t in tensors[3:])
+        return _Text(_grouped(query, len(key)), key, value, front_key, front_value, sinks_KG)
 
     def only(self, heads: slice) -> "_Text":
         """The same of some heads of keys."""
-        return _Text(*(tensor[heads] for tensor in self))
+        return self._replace(**{n: t[heads] for n, t in self._asdict().items() if t is not None})
 
     @property
     def front(self) -> int:
@@ -154,7 +160,7 @@ def _pieces(text: _Text, layout: Layout) -> Iterator[_Piece]:
 
 def _see(text: _Text, layout: Layout, into_KGTV: Tensor) -> None:
     for piece in _pieces(text, layout):
-        query_KQH, _, probability_KQC = _probabilities(text, piece, layout)
+        query_KQH, _, probability_KQC, _ = _probabilities(text, piece, layout)
         value_KCV = piece.keys(text.front_value_KPV, text.value_KTV)
         into = into_KGTV[:, :, piece.queries]
         into.copy_(torch.bmm(probability_KQC.to(query_KQH.dtype), value_KCV).view(into.shape))
@@ -164,10 +170,12 @@ def _unsee(text: _Text, layout: Layout, grad_KGTV: Tensor, into: _Text, with_tex
     """The gradients of a document, added to what is there."""
     to_keys_KSH, to_values_KSV = _no_sums(text.key_KTH, text.front), _no_sums(text.value_KTV, text.front)
     for piece in _pieces(text, layout):
-        query_KQH, key_KCH, probability_KQC = _probabilities(text, piece, layout)
+        query_KQH, key_KCH, probability_KQC, slope_KQC = _probabilities(text, piece, layout)
         value_KCV = piece.keys(text.front_value_KPV, text.value_KTV)
         grad_KQV = grad_KGTV[:, :, piece.queries].reshape(*query_KQH.shape[:2], -1)
         to_score = _to_score(torch.bmm(grad_KQV, value_KCV.mT), probability_KQC)
+        if slope_KQC is not None:
+            to_score.mul_(slope_KQC)
         to_score = to_score.mul_(layout.scale).to(query_KQH.dtype)
         piece.add(to_keys_KSH, torch.bmm(to_score.mT, query_KQH), text.front)
         piece.add(to_values_KSV, torch.bmm(probability_KQC.to(grad_KQV.dtype).mT, grad_KQV), text.front)
@@ -186,18 +194,38 @@ def _no_sums(text_KTX: Tensor, front: int) -> Tensor:
     return text_KTX.new_zeros(num_keys, front + length, size, dtype=_wide(text_KTX))
 
 
-def _probabilities(text: _Text, piece: _Piece, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """A piece's queries, group after group [K, Q, H], its keys [K, C, H], and the probabilities [K, Q, C]."""
+def _probabilities(
+    text: _Text, piece: _Piece, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A piece's queries, group after group [K, Q, H], its keys [K, C, H], the probabilities [K, Q, C], and
+    how steep the cap of their scores is, where there is one."""
     query_KGQH = text.query_KGTH[:, :, piece.queries]
     num_groups, num_queries = query_KGQH.shape[1:3]
     query_KQH = query_KGQH.reshape(len(query_KGQH), num_groups * num_queries, -1)
     key_KCH = piece.keys(text.front_key_KPH, text.key_KTH)
     wide, num_keys = _wide(query_KQH), key_KCH.shape[1] - text.front
     score_KQC = torch.bmm(query_KQH.to(wide) * layout.scale, key_KCH.to(wide).mT)
+    slope_KQC = None if layout.softcap is None else _capped(score_KQC, layout.softcap)
     hidden_QC = _hidden_by(layout.pattern, piece, num_queries, num_keys, score_KQC)
     score_KGQC = score_KQC.view(len(score_KQC), num_groups, num_queries, -1)
     score_KGQC[..., -hidden_QC.shape[1] :] += hidden_QC
-    return query_KQH, key_KCH, torch.softmax(score_KQC, dim=-1)
+    return query_KQH, key_KCH, _softmax(score_KGQC, text.sinks_KG).view_as(score_KQC), slope_KQC
+
+
+def _capped(score_KQC: Tensor, softcap: float) -> Tensor:
+    """Caps scores where they are, and says how steep the cap is there."""
+    part_KQC = score_KQC.div_(softcap).tanh_()
+    slope_KQC = 1 - part_KQC.square()
+    part_KQC.mul_(softcap)
+    return slope_KQC
+
+
+def _softmax(score_KGQC: Tensor, sinks_KG: Tensor | None) -> Tensor:
+    """The probabilities of keys, beside what a sink takes of them."""
+    if sinks_KG is None:
+        return torch.softmax(score_KGQC, dim=-1)
+    sinks_KGQ1 = sinks_KG.to(score_KGQC)[:, :, None, None].expand(*score_KGQC.shape[:-1], 1)
+    return torch.softmax(torch.cat([score_KGQC, sinks_KGQ1], dim=-1), dim=-1)[..., :-1]
 
 
 def _hidden_by(pattern: Causal, piece: _Piece, num_queries: int, num_keys: int, like: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ packing, windows and generation therefore need no knowledge of the prefix, which
 cache breaks (checkpointed layers drop the cache; packed positions are not recognised beside one).
 
 In training every document attends apart, so that a row costs the sum of its documents' squares: by code of
-our own (`apart`, and `varlen` on GPUs) or, where that does not fit, by the model's function, called for a
-document at a time. Where a model has changed the mask, or brings something else that spans the row, the row
-attends as a whole, and so it does in generation. Documents are hidden from each other then, for transformers
-does it only for families that tell its mask functions the positions, and gpt_oss, OPT and twenty more do not.
+our own (`apart`, and `varlen` on GPUs), soft caps and frozen sinks included, or, where that does not fit, by
+the model's function, called for a document at a time. Where a model has changed the mask, or brings something
+else that spans the row, the row attends as a whole, and so it does in generation. Documents are hidden from
+each other then, for transformers does it only for families that tell its mask functions the positions, and
+gpt_oss, OPT and twenty more do not.
 The prefix is visible to every position, whatever the window. One widened mask serves all layers of a kind; it
 is bool for scaled dot product and additive for the models' own functions.
 
@@ -181,9 +182,9 @@ def _attending_through(delegate_of: Callable[[nn.Module], Attention]) -> Attenti
             return own(module, *text, mask, *rest, **options)
         front, indices = joint.front(name, key, value), options.pop("indices", None)
         if joint.documents is not None and indices is None and _is_ours(mask, options):
-            rule, scale = mask.rule, options.get("scaling")
-            if rule.pattern is not None and own is sdpa_attention_forward and _is_plain(rest, options):
-                return _apart(text, rule.pattern, front, joint.documents, scale, joint.has_kernels), None
+            rule = mask.rule
+            if rule.pattern is not None and _is_known(own, rest, options):
+                return _apart(text, rule.pattern, front, joint.documents, options, joint.has_kernels), None
 
             def alone(*piece: Tensor) -> Tensor:
                 return own(module, *piece, *rest, **options)[0]
@@ -205,9 +206,18 @@ def _is_ours(mask: Any, options: dict[str, Any]) -> bool:
     return isinstance(mask, LazyMask) and not spans
 
 
-def _is_plain(rest: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Whether nothing is asked for beyond attention: what is not known here is left to others."""
-    return not rest and not options.get("softcap") and not options.get("dropout")
+def _is_known(own: Attention, rest: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether all that is asked for is computed here too; what is not is left to others.
+
+    A model's own function caps scores or has sinks where it is told of them in transformers' words. Sinks
+    that are trained are left to it.
+    """
+    sinks = options.get("s_aux")
+    if rest or options.get("dropout") or (sinks is not None and sinks.requires_grad):
+        return False
+    if own is sdpa_attention_forward:
+        return not options.get("softcap")
+    return "softcap" in options or "s_aux" in options
 
 
 def _apart(
@@ -215,14 +225,22 @@ def _apart(
     pattern: Causal,
     front: Front | None,
     documents: Documents,
-    scale: float | None,
+    options: dict[str, Any],
     has_kernels: bool,
 ) -> Tensor:
     query, key, value = text
     rows = frozenset(row for row in range(len(query)) if front is not None and front.seen_by(row))
     nothing = key[0, :, :0].detach(), value[0, :, :0].detach()
     keys_values = (front.key_NPH, front.value_NPH) if front is not None else nothing
-    layout = apart.Layout(documents, pattern, rows, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale, sinks = options.get("scaling"), options.get("s_aux")
+    layout = apart.Layout(
+        documents,
+        pattern,
+        rows,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        options.get("softcap"),
+        None if sinks is None else sinks.detach().clone(),  # the shard is let go of before the backward pass
+    )
     by_kernel = has_kernels and varlen.is_for(*text, layout)
     attended = varlen.attended if by_kernel else apart.attended
     return attended(*text, keys_values, layout)

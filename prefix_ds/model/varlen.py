@@ -9,10 +9,10 @@ A window that is shorter than a document would hide the prefix. There the kernel
 in its windows and for the prefix, and the two are put together by the logarithms of their sums. Given the
 result and the sums of both, each part's backward pass finds that part's gradients.
 
-What the kernel does not take is left to `apart`: float32, large heads or ones of odd sizes, GPUs before
-Ampere, and all else where, tried once on the device, it does not give what `apart` does (torch may be built
-without it). It wants keys and values of one size; values that are narrower, as latent attention has them, are
-filled with zeros.
+What the kernel does not take is left to `apart`: scores with a cap, float32, large heads or ones of odd
+sizes, GPUs before Ampere, and all else where, tried once on the device, it does not give what `apart` does
+(torch may be built without it). It wants keys and values of one size; values that are narrower, as latent
+attention has them, are filled with zeros. A sink is one more key, and is put to the sums afterwards.
 
 Knows nothing of modules, and of masks no more than their pattern.
 """
@@ -52,10 +52,12 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     is_filled = query.shape[-1] == size >= value.shape[-1]
     fits = is_filled and size <= _LARGEST_HEAD and size % _HEADS_ARE_MULTIPLES_OF == 0
     is_alike = not _has_windows(layout) or len(layout.rows_with_front) in (0, len(query))
-    can_be = fits and is_alike and bool(layout.documents) and query.dtype in _TYPES
+    can_be = fits and is_alike and bool(layout.documents) and query.dtype in _TYPES and not layout.softcap
     if not can_be or device_type(query) != "cuda":
         return False
-    return query.is_meta or _agrees(query.device, query.dtype, size, _has_windows(layout))
+    return query.is_meta or _agrees(
+        query.device, query.dtype, size, _has_windows(layout), layout.sinks_N is not None
+    )
 
 
 def _has_windows(layout: Layout) -> bool:
@@ -65,12 +67,15 @@ def _has_windows(layout: Layout) -> bool:
 
 
 @lru_cache
-def _agrees(device: torch.device, dtype: torch.dtype, size: int, has_windows: bool) -> bool:
+def _agrees(device: torch.device, dtype: torch.dtype, size: int, has_windows: bool, has_sinks: bool) -> bool:
     """Whether the kernel gives what `apart` gives, and its gradients, for two documents."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _AMPERE:
         return False
     documents = [Document(0, 0, 3), Document(0, 3, 16)]
-    layout = Layout(documents, Causal(5 if has_windows else None), frozenset({0}), size**-0.5)
+    sinks_N = torch.arange(4.0, device=device) if has_sinks else None
+    layout = Layout(
+        documents, Causal(5 if has_windows else None), frozenset({0}), size**-0.5, sinks_N=sinks_N
+    )
     chance = torch.Generator().manual_seed(0)
     shapes = [(1, 4, 16, size), (1, 2, 16, size), (1, 2, 16, size), (2, 3, size), (2, 3, size)]
     tensors = [torch.randn(shape, generator=chance).to(device, dtype) for shape in shapes]
@@ -120,7 +125,8 @@ def attended(
             _Joined.apply(*each, course)  # type: ignore[no-untyped-call]
             for each in zip(before, text, strict=True)
         ]
-    seen_TNH: Tensor = _Seen.apply(_flat(query_BNTH), layout.scale, parts, *keys_values)  # type: ignore[no-untyped-call]
+    asked = _flat(query_BNTH), layout.scale, layout.sinks_N, parts
+    seen_TNH: Tensor = _Seen.apply(*asked, *keys_values)  # type: ignore[no-untyped-call]
     return seen_TNH[..., :width].view(*rows, num_heads, width)
 
 
@@ -148,11 +154,12 @@ class _Seen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        """Of queries, the scale, the parts, and keys and values of each, one after the other."""
-        query_TNH, ctx.scale, ctx.parts, *keys_values = args
+        """Of queries, the scale, the sinks, the parts, and keys and values of each, one after the other."""
+        query_TNH, ctx.scale, sinks_N, ctx.parts, *keys_values = args
         pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
         found = [_kernel(query_TNH, *kv, part, ctx.scale) for kv, part in zip(pairs, ctx.parts, strict=True)]
-        seen_TNH, sums_NT = found[0] if len(found) == 1 else _put_together(found)
+        is_whole = len(found) == 1 and sinks_N is None
+        seen_TNH, sums_NT = found[0] if is_whole else _put_together(found, sinks_N)
         ctx.save_for_backward(query_TNH, seen_TNH, sums_NT, *keys_values)
         return seen_TNH
 
@@ -164,19 +171,22 @@ class _Seen(torch.autograd.Function):
         outcome = _Outcome(seen_TNH, sums_NT, grads[0].contiguous())
         for number, part in enumerate(ctx.parts):
             here = slice(2 * number, 2 * number + 2)
-            if not (ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:][here])):
+            if not (ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:][here])):
                 to_keys_values += None, None
                 continue
             key, value = keys_values[here]
             to_this, *found = _kernel_backwards(query_TNH, key, value, outcome, part, ctx.scale)
             to_query = to_this if to_query is None else to_query + to_this
             to_keys_values += found
-        return to_query, None, None, *to_keys_values
+        return to_query, None, None, None, *to_keys_values
 
 
-def _put_together(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of what is seen of each part, and the logarithms of the sums, those of all parts."""
-    sums_NT = torch.stack([each for _, each in found]).logsumexp(0)
+def _put_together(found: Sequence[tuple[Tensor, Tensor]], sinks_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of what is seen of each part, and the logarithms of the sums, those of all parts and of sinks."""
+    sums = [each for _, each in found]
+    if sinks_N is not None:
+        sums.append(sinks_N.to(sums[0])[:, None].expand_as(sums[0]))
+    sums_NT = torch.stack(sums).logsumexp(0)
     whole_TNH: Any = sum(seen * (each - sums_NT).exp().t()[..., None] for seen, each in found)
     return whole_TNH.to(found[0][0].dtype), sums_NT
 
