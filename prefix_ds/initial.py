@@ -7,7 +7,8 @@ the tokenizer's leading special token (bos), which most models use as a place to
 nothing to attend to, stays first.
 
 Tokens drawn at random say nothing, but what the model computes for them has the size, in each layer, of what
-it computes for any text (as Lester et al. 2021 start a prompt); noise has the same size in all.
+it computes for any text (as Lester et al. 2021 start a prompt). Noise is given that size too, unless another
+is asked for.
 
 Knows nothing of engines or files.
 """
@@ -22,7 +23,7 @@ from prefix_ds.config import PrefixKeys
 from prefix_ds.dist import from_first
 from prefix_ds.errors import ConfigError
 from prefix_ds.model import PrefixLM
-from prefix_ds.prefix import Direct, Reparameterised, Slot, random_table, table_of
+from prefix_ds.prefix import Direct, Reparameterised, Slot, keys_values_of, random_table, table_of
 
 
 def initial_prefix(
@@ -93,14 +94,29 @@ def _parted(ids: list[int], special: set[int]) -> tuple[list[int], list[int]]:
 def _table(
     lm: PrefixLM, slots: Sequence[Slot], keys: PrefixKeys, tokenizer: Any, seed: int, device: torch.device
 ) -> Tensor:
-    if keys.init == "random":
-        assert keys.length is not None
-        return random_table(slots, keys.length, keys.init_std, seed)
-    if keys.init == "vocabulary":
-        assert keys.length is not None
-        tokens = vocabulary_tokens(tokenizer, keys.length, seed, lm.vocab_size)
-    else:
+    if keys.init == "text":
         tokens = text_tokens(tokenizer, keys.text or "", keys.length)
+        return _of_tokens(lm, slots, tokens, device)
+    assert keys.length is not None
+    if keys.init == "random" and keys.init_std is not None:
+        return random_table(slots, keys.length, keys.init_std, seed)
+    tokens = vocabulary_tokens(tokenizer, keys.length, seed, lm.vocab_size)
+    table_PD = _of_tokens(lm, slots, tokens, device)
+    if keys.init == "vocabulary":
+        return table_PD
+    return random_table(slots, keys.length, 1.0, seed) * _sizes(table_PD, slots)
+
+
+def _of_tokens(lm: PrefixLM, slots: Sequence[Slot], tokens: Sequence[int], device: torch.device) -> Tensor:
+    """Rank 0's keys and values: ranks round differently, and all that they exchange later is gradients."""
     lm.check_length(len(tokens), "prefix.length")
-    table_PD = table_of(lm.keys_values_of(torch.tensor([tokens], device=device), slots))
-    return from_first(table_PD)  # ranks round differently, and all that they exchange later is gradients
+    return from_first(table_of(lm.keys_values_of(torch.tensor([tokens], device=device), slots)))
+
+
+def _sizes(table_PD: Tensor, slots: Sequence[Slot]) -> Tensor:
+    """The root mean square [1, D] of each slot's keys and of its values; a leading token's, which may be far
+    from any other's, is left out where there are more."""
+    rows_PD = table_PD[1:] if len(table_PD) > 1 else table_PD
+    pairs = keys_values_of(rows_PD, slots)
+    like = [t.square().mean().sqrt().expand(t.shape[0], 1, t.shape[2]) for pair in pairs for t in pair]
+    return torch.cat([t.transpose(0, 1).flatten(1) for t in like], dim=1)

@@ -68,3 +68,23 @@ def test_a_conversation_is_in_a_field_that_has_a_name():
 
 def test_a_section_of_which_every_key_is_a_comment_is_one_of_defaults():
     assert parse_config(f"{RUN}\nevaluate:\n  # every: 10\n") == parse_config(RUN)
+
+
+@pytest.mark.parametrize(
+    ("train", "words", "rate"),
+    [
+        ("{}", [], 1e-2),
+        ("{method: full}", [], 1e-5),
+        ("{method: full, lr: 0.1}", [], 0.1),
+        ("{}", ["train.method=full"], 1e-5),
+        ("{method: full}", ["train.lr=0.2"], 0.2),
+        ("{lr: 0.3}", ["train.method=full"], 0.3),
+    ],
+)
+def test_a_method_has_a_rate_of_its_own_where_none_is_given(train, words, rate):
+    assert parse_config(f"{RUN}\ntrain: {train}", words).train.lr == rate
+
+
+def test_a_new_base_has_its_own_rate_too():
+    run = "model: {config: {model_type: llama}}\ntrain: {method: pretrain}"
+    assert parse_config(run).train.lr == 1e-3

@@ -8,7 +8,7 @@ from prefix_ds.dist import joined_world
 from prefix_ds.errors import ConfigError
 from prefix_ds.initial import initial_prefix, vocabulary_tokens
 from prefix_ds.model import PrefixLM
-from prefix_ds.prefix import table_of
+from prefix_ds.prefix import keys_values_of, table_of
 from tests.ranks import on_ranks
 from tests.tiny_models import tiny
 from tests.workshop import tokenizer
@@ -31,6 +31,37 @@ def test_a_start_from_the_vocabulary_is_a_text_of_tokens_that_the_seed_draws():
     assert (first == again).all()
     assert (first == text).all()
     assert (first != other).any()
+
+
+def noise():
+    """Of a start that is given no size, and of one that is, with the vocabulary's, and where slots begin."""
+    lm = PrefixLM(tiny("deepseek_v3"))  # whose values are narrower than its keys
+    for number, module in enumerate(m for m in lm.base.modules() if hasattr(m, "o_proj")):
+        module.kv_b_proj.weight *= 10.0**number
+    with joined_world() as world:
+        starts = [
+            initial_prefix(
+                lm,
+                parse_config(f"model: {{name: none}}\nprefix: {words}").prefix,
+                tokenizer(),
+                3,
+                world.device,
+            )
+            for words in (
+                "{init: random, length: 200}",
+                "{init: random, length: 200, init_std: 0.5}",
+                "{init: vocabulary, length: 200}",
+            )
+        ]
+    pairs = [keys_values_of(start.table().detach()[1:], lm.slots) for start in starts]
+    return [[float(t.square().mean().sqrt()) for pair in each for t in pair] for each in pairs]
+
+
+def test_noise_is_as_wide_in_each_layer_as_keys_and_values_of_the_vocabulary():
+    ((as_wide, given, vocabulary),) = on_ranks(1, noise)
+    assert as_wide == pytest.approx(vocabulary, rel=0.1)
+    assert max(vocabulary) > 5 * min(vocabulary)
+    assert given == pytest.approx([0.5] * len(given), rel=0.1)
 
 
 def test_special_tokens_are_not_drawn_and_the_leading_one_stays_first():

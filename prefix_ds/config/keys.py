@@ -109,7 +109,11 @@ class PrefixKeys(Section):
     text: str | None = key(
         None, "the instruction to start from, needed with init text; repeated up to prefix.length"
     )
-    init_std: float = key(0.02, "standard deviation of a random start", gt=0)
+    init_std: float | None = key(
+        None,
+        "standard deviation of a random start; null: in each layer that of keys and values of the vocabulary",
+        gt=0,
+    )
     reparam_dim: int = key(
         0, "width of the tanh MLP of Li & Liang (2021) the prefix is trained through; 0 for none", ge=0
     )
@@ -167,7 +171,9 @@ class TrainKeys(Section):
     max_steps: int | None = key(None, "optimizer steps, instead of train.epochs", ge=0)
     global_batch_size: int = key(64, "examples in one optimizer step, over all ranks", ge=1)
     micro_batch_tokens: int = key(8192, "tokens one rank runs at once", ge=1, free=True)
-    lr: float = key(5e-3, "peak learning rate", ge=0)
+    lr: float = key(
+        1e-2, "peak learning rate; left out, it is 1e-5 for method full, and 1e-3 for pretrain", ge=0
+    )
     warmup_steps: int = key(0, "steps from 0 to train.lr; no more than the run has", ge=0)
     schedule: Literal["cosine", "linear", "constant"] = key(
         "cosine", "what the learning rate does after the warmup"

@@ -1,4 +1,5 @@
-"""What `data.task` sets: templates, lengths and scores of a kind of task, where run.yaml leaves them out.
+"""What `data.task` and `train.method` set where run.yaml leaves it out: templates, lengths and scores of a
+kind of task, and a learning rate.
 
 Filled in when a file becomes a RunConfig, so the resolved run.yaml shows what was used and nothing depends on
 this page later. Fields are named as in the data sets the tasks are known by: DialogSum, Multi30k, SQuAD (its
@@ -62,6 +63,8 @@ CHAT_TEMPLATES: dict[str, Tree] = {
     "generation": {"prompt": "{prompt}", "target": "{completion}"},
 }
 
+RATES = {"full": 1e-5, "pretrain": 1e-3}  # of methods that the default of train.lr is not for
+
 _TEMPLATES = ("prompt", "target", "references")
 _NULL_IS_UNSET = ("evaluate", "scores")
 
@@ -75,6 +78,14 @@ def with_task(tree: Tree) -> Tree:
         return tree
     defaults = TASKS[task] | {"data": _data_keys(task, own)}
     return tree | {name: _filled(name, tree.get(name, {}), keys) for name, keys in defaults.items()}
+
+
+def with_rate(tree: Tree) -> Tree:
+    """The tree of run.yaml with a rate for its `train.method`, where it gives none."""
+    train = tree.get("train")
+    if not isinstance(train, dict) or train.get("method") not in ("full", "pretrain"):
+        return tree
+    return tree | {"train": {"lr": RATES[train["method"]], **train}}
 
 
 def _data_keys(task: str, own: Tree) -> Tree:
