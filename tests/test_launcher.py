@@ -357,13 +357,15 @@ def test_a_stop_while_ranks_are_being_started_reaches_all(monkeypatch):
 def test_what_a_killed_rank_has_started_has_time_to_tell_how_it_ended(monkeypatch, tmp_path):
     """MLflow's mirror: else the run would be running there for ever."""
     monkeypatch.chdir(tmp_path)
-    ranks, _ = ranks_that(monkeypatch, "(sleep 1; touch told) > /dev/null & touch begun; wait")
+    child = "(until [ -e killed ]; do sleep 0.1; done; touch told) > /dev/null"
+    ranks, _ = ranks_that(monkeypatch, f"{child} & touch begun; wait")
 
     async def killed():
         running = asyncio.ensure_future(anext(ranks.run(os.environ)))
         while not Path("begun").exists():
             await asyncio.sleep(0.05)
         ranks.kill()
+        Path("killed").touch()
         return await running
 
     end = asyncio.run(killed())
