@@ -29,13 +29,13 @@ VARIANTS = {
     "rate 0.3": ["train.lr=0.3"],
     "rate 1": ["train.lr=1"],
     "start: an instruction": ["train.lr=0.1", f"prefix.text={INSTRUCTION}"],
-    "start: noise of 0.02": ["train.lr=0.1", "prefix.init=random"],
-    "start: noise of 0.02, rate 0.3": ["train.lr=0.3", "prefix.init=random"],
+    "start: noise of 0.02": ["train.lr=0.1", "prefix.init=random", "prefix.init_std=0.02"],
+    "start: noise of 0.02, rate 0.3": ["train.lr=0.3", "prefix.init=random", "prefix.init_std=0.02"],
     "start: noise of 0.5": ["train.lr=0.1", "prefix.init=random", "prefix.init_std=0.5"],
     "start: noise of 1, rate 0.3": ["train.lr=0.3", "prefix.init=random", "prefix.init_std=1"],
     "start: as good as zero": ["train.lr=0.1", "prefix.init=random", "prefix.init_std=1e-6"],
     "as long as the text": ["train.lr=0.1", "prefix.length=null"],
-    "16 positions, noise": ["train.lr=0.1", "prefix.length=16", "prefix.init=random"],
+    "16 positions, noise": ["train.lr=0.1", "prefix.length=16", "prefix.init=random", "prefix.init_std=0.02"],
     "128 positions": ["train.lr=0.1", "prefix.length=128"],
     "128 positions, rate 0.3": ["train.lr=0.3", "prefix.length=128"],
     "256 positions": ["train.lr=0.1", "prefix.length=256"],
@@ -55,6 +55,8 @@ VARIANTS = {
     "start: words of the vocabulary": ["train.lr=0.1", "prefix.init=vocabulary"],
     "start: words of the vocabulary, rate 0.3": ["train.lr=0.3", "prefix.init=vocabulary"],
     "constant, rate 0.3": ["train.lr=0.3", "train.schedule=constant"],
+    "start: noise as wide as the vocabulary's": ["train.lr=0.1", "prefix.init=random"],
+    "start: noise as wide as the vocabulary's, rate 0.3": ["train.lr=0.3", "prefix.init=random"],
 }
 PROGRAMS = {"the first position frozen": "tests.benchmarks.frozen_first"}
 
