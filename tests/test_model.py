@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
 
@@ -527,6 +528,22 @@ def test_a_kernel_is_taken_only_where_it_agrees(
     assert answers == [False] * 6 + [True] * 2
     assert len(caplog.messages) == 3  # each said once
     assert all(m.startswith("attention's kernel for packed rows is not used: ") for m in caplog.messages)
+
+
+def test_a_kernel_is_tried_inside_a_layer_that_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, in the forward pass: what trying it keeps is none of the layer's."""
+    monkeypatch.setattr(varlen, "_kernel", kernel_by_reference)
+    monkeypatch.setattr(varlen, "_kernel_backwards", kernel_backwards_by_reference)
+    varlen._agrees.cache_clear()
+
+    def layer(x: Tensor) -> Tensor:
+        assert varlen._agrees(torch.device("cpu"), torch.bfloat16, 64, True, False)
+        return x.sin().cos()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    varlen._agrees.cache_clear()
+    assert x.grad is not None
 
 
 def test_values_narrower_than_keys_are_filled_up_for_a_kernel() -> None:

@@ -83,9 +83,11 @@ def with_task(tree: Tree) -> Tree:
 def with_rate(tree: Tree) -> Tree:
     """The tree of run.yaml with a rate for its `train.method`, where it gives none."""
     train = tree.get("train")
-    if not isinstance(train, dict) or train.get("method") not in ("full", "pretrain"):
+    own: Tree = train if isinstance(train, dict) else {}
+    method = own.get("method")
+    if not isinstance(method, str) or method not in RATES:
         return tree
-    return tree | {"train": {"lr": RATES[train["method"]], **train}}
+    return tree | {"train": {"lr": RATES[method], **own}}
 
 
 def _data_keys(task: str, own: Tree) -> Tree:

@@ -216,7 +216,7 @@ def _is_known(own: Attention, rest: tuple[Any, ...], options: dict[str, Any]) ->
     if rest or options.get("dropout") or (sinks is not None and sinks.requires_grad):
         return False
     if own is sdpa_attention_forward:
-        return not options.get("softcap")
+        return not options.get("softcap") and sinks is None
     return "softcap" in options or "s_aux" in options
 
 

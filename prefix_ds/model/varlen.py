@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.attention import varlen  # noqa: F401 - registers the kernel
 
@@ -92,11 +93,15 @@ def _agrees(device: torch.device, dtype: torch.dtype, size: int, has_windows: bo
 
 
 def _tried(attend: Any, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    """What is seen, and the gradients of the sum of its squares."""
-    with torch.enable_grad():
+    """What is seen, and the gradients of the sum of its squares. A layer around it keeps nothing of it."""
+    with torch.enable_grad(), saved_tensors_hooks(_same, _same):
         query, key, value, *front = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         seen = attend(query, key, value, tuple(front), layout)
         return [t.detach().float() for t in (seen, *torch.autograd.grad(seen.float().square().sum(), leaves))]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def attended(
