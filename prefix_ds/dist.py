@@ -298,15 +298,15 @@ def gathered(value: Answer) -> list[Answer]:
     return boxes
 
 
-def hosts_apart(value: object) -> tuple[str, str] | None:
-    """The hosts whose ranks have another value than rank 0, and rank 0's host; None where all are alike.
+def check_same(value: object, mistake: Callable[[str, str], PrefixError]) -> None:
+    """Raises, on all ranks, a mistake made of the hosts that have another value than rank 0, and of its host.
 
     Every rank calls this with a small picklable value.
     """
     found = gathered((socket.gethostname(), value))
     first_host, first = found[0]
-    others = sorted({host for host, theirs in found if theirs != first})
-    return (", ".join(others), first_host) if others else None
+    if others := sorted({host for host, theirs in found if theirs != first}):
+        raise _told_by("first rank", mistake(", ".join(others), first_host))
 
 
 def together(work: Callable[[], Answer]) -> Answer:

@@ -24,6 +24,7 @@ from prefix_ds.files import check_can_write
 from prefix_ds.initial import initial_prefix
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, check_is_prefix, open_trained, tokenizer_of
+from prefix_ds.prefix import num_positions
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, open_run
 from prefix_ds.scores import names_of, scored
@@ -112,7 +113,7 @@ def _model_mark(run: Path) -> Mark:
 def _check_reach(opened: Opened, examples: Examples, prompts: Sequence[Prompt], config: RunConfig) -> None:
     """Raises ConfigError or DataError for a position or a token that the base has not."""
     check_ids([examples], opened.tokenizer, opened.lm.vocab_size)
-    longest = int(examples.lengths.max(initial=0)) + (0 if opened.table_PD is None else len(opened.table_PD))
+    longest = int(examples.lengths.max(initial=0)) + num_positions(opened.table_PD)
     opened.lm.check_length(longest, "data.max_length")
     if config.evaluate.scores:
         check_prompts(opened, prompts, config.generate)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefix_ds.config import RunConfig
 from prefix_ds.data.prompts import Prompt, prompt_of_text, read_prompts, tell_cut
-from prefix_ds.dist import first_here_first, hosts_apart, joined_world, on_first, peers_may_die, together
+from prefix_ds.dist import check_same, first_here_first, joined_world, on_first, peers_may_die, together
 from prefix_ds.errors import ConfigError, DataError, RunError
 from prefix_ds.files import check_can_write, write_text_atomically
 from prefix_ds.logs import configure_logging
@@ -38,7 +38,7 @@ def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
         on_first(world, lambda: _check_place(request.output_file))
         tokenizer = together(lambda: tokenizer_of(folder, config))
         prompts = first_here_first(world, lambda: _prompts(config, request, tokenizer))
-        together(lambda: _refuse_other_machines(prompts))
+        _check_same(prompts)
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
         if world.is_first:
             tell_cut(prompts, config.data.max_length)
@@ -77,14 +77,15 @@ def _prompts(config: RunConfig, request: Request, tokenizer: Any) -> list[Prompt
     return read_prompts(data.test, "data.test", data, tokenizer, data.max_length, references=True)
 
 
-def _refuse_other_machines(prompts: Sequence[Prompt]) -> None:
-    """Ranks take their parts of one list of prompts."""
+def _check_same(prompts: Sequence[Prompt]) -> None:
+    """Raises DataError on all ranks where some have others: they take their parts of one list."""
     digest = hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
-    if apart := hosts_apart(digest):
-        others, first = apart
-        raise DataError(
+    check_same(
+        digest,
+        lambda others, first: DataError(
             f"{others}: other prompts than on {first}: the same files and tokenizer are needed everywhere"
-        )
+        ),
+    )
 
 
 def _deliver(written: Sequence[Written], output: Path | None) -> None:

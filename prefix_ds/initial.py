@@ -118,5 +118,9 @@ def _sizes(table_PD: Tensor, slots: Sequence[Slot]) -> Tensor:
     from any other's, is left out where there are more."""
     rows_PD = table_PD[1:] if len(table_PD) > 1 else table_PD
     pairs = keys_values_of(rows_PD, slots)
-    like = [t.square().mean().sqrt().expand(t.shape[0], 1, t.shape[2]) for pair in pairs for t in pair]
-    return torch.cat([t.transpose(0, 1).flatten(1) for t in like], dim=1)
+    return table_of([(_size(key), _size(value)) for key, value in pairs])
+
+
+def _size(numbers_NPH: Tensor) -> Tensor:
+    """Their root mean square, as of one position [N, 1, H]."""
+    return numbers_NPH.square().mean().sqrt().expand_as(numbers_NPH[:, :1])

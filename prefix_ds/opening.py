@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefix_ds.checkpoint import SavedPrefix, read_prefix
 from prefix_ds.config import ModelKeys, RunConfig
-from prefix_ds.dist import World, first_here_first, hosts_apart, together
+from prefix_ds.dist import World, check_same, first_here_first, together
 from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import Sharded, sharded
@@ -61,16 +61,13 @@ def open_trained(folder: RunFolder, config: RunConfig, world: World, *, with_pre
 def _saved_of(folder: RunFolder) -> SavedPrefix:
     """The same on all ranks: a run that trains meanwhile replaces its prefix. Every rank calls this."""
     saved = together(lambda: read_prefix(folder.prefix))
-
-    def refuse_others() -> None:
-        if apart := hosts_apart(saved.sha256):
-            others, first = apart
-            raise RunError(
-                f"{saved.path}: {others}: another prefix than on {first}: copy the run's folder there, or "
-                "start again if it was being written"
-            )
-
-    together(refuse_others)
+    check_same(
+        saved.sha256,
+        lambda others, first: RunError(
+            f"{saved.path}: {others}: another prefix than on {first}: copy the run's folder there, or start "
+            "again if it was being written"
+        ),
+    )
     return saved
 
 

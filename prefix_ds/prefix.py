@@ -114,6 +114,11 @@ class Reparameterised(nn.Module):
         return origin_PD + change_PD
 
 
+def num_positions(table_PD: Tensor | None) -> int:
+    """That a table puts in front of a text; none without one."""
+    return 0 if table_PD is None else len(table_PD)
+
+
 def random_table(slots: Sequence[Slot], length: int, std: float, seed: int) -> Tensor:
     """A table [P, D] of normal noise, the same on every rank and machine."""
     noise = torch.Generator().manual_seed(seed)

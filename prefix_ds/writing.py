@@ -28,7 +28,7 @@ from prefix_ds.engine.sharding import Sharded
 from prefix_ds.engine.whole import whole
 from prefix_ds.model import PrefixLM
 from prefix_ds.plan.writing import batches_of, manner_of
-from prefix_ds.prefix import Slot
+from prefix_ds.prefix import Slot, num_positions
 from prefix_ds.tracking import progress_bar
 
 _WORKS = count()  # of this process, which all ranks begin in the same order
@@ -98,7 +98,7 @@ def check_prompts(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys)
 
 def _beside(writer: Writer, keys: GenerateKeys) -> int:
     """Positions that a prompt needs besides its own, at most."""
-    return (0 if writer.table_PD is None else len(writer.table_PD)) + keys.max_new_tokens
+    return num_positions(writer.table_PD) + keys.max_new_tokens
 
 
 def _written(

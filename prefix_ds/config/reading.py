@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from prefix_ds.config.keys import RunConfig
-from prefix_ds.config.tasks import with_rate, with_task
+from prefix_ds.config.tasks import with_defaults
 from prefix_ds.errors import ConfigError, is_unicode
 
 Place = tuple[str | int, ...]
@@ -42,7 +42,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "run.ya
     for word in overrides:
         _override(tree, lines, word)
     try:
-        return RunConfig.model_validate(with_rate(with_task(tree)))
+        return RunConfig.model_validate(with_defaults(tree))
     except ValidationError as error:
         raise ConfigError(*(_explain(e, source, lines) for e in error.errors())) from None
 

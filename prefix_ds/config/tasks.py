@@ -63,31 +63,28 @@ CHAT_TEMPLATES: dict[str, Tree] = {
     "generation": {"prompt": "{prompt}", "target": "{completion}"},
 }
 
-RATES = {"full": 1e-5, "pretrain": 1e-3}  # of methods that the default of train.lr is not for
+METHODS: dict[str, dict[str, Tree]] = {  # those that the default of train.lr is not for
+    "full": {"train": {"lr": 1e-5}},
+    "pretrain": {"train": {"lr": 1e-3}},
+}
 
 _TEMPLATES = ("prompt", "target", "references")
 _NULL_IS_UNSET = ("evaluate", "scores")
 
 
-def with_task(tree: Tree) -> Tree:
-    """The tree of run.yaml with what its `data.task` sets; a tree that is no run yet is left as it is."""
-    data = tree.get("data")
-    own: Tree = data if isinstance(data, dict) else {}
-    task = own.get("task")
-    if not isinstance(task, str) or task not in TASKS:
-        return tree
-    defaults = TASKS[task] | {"data": _data_keys(task, own)}
+def with_defaults(tree: Tree) -> Tree:
+    """The tree of run.yaml with what its `data.task` and `train.method` set; one that is no run yet stays."""
+    data, train = (_section(tree, name) for name in ("data", "train"))
+    task, method = data.get("task"), train.get("method")
+    defaults = METHODS[method] if isinstance(method, str) and method in METHODS else {}
+    if isinstance(task, str) and task in TASKS:
+        defaults = defaults | TASKS[task] | {"data": _data_keys(task, data)}
     return tree | {name: _filled(name, tree.get(name, {}), keys) for name, keys in defaults.items()}
 
 
-def with_rate(tree: Tree) -> Tree:
-    """The tree of run.yaml with a rate for its `train.method`, where it gives none."""
-    train = tree.get("train")
-    own: Tree = train if isinstance(train, dict) else {}
-    method = own.get("method")
-    if not isinstance(method, str) or method not in RATES:
-        return tree
-    return tree | {"train": {"lr": RATES[method], **own}}
+def _section(tree: Tree, name: str) -> Tree:
+    own = tree.get(name)
+    return own if isinstance(own, dict) else {}
 
 
 def _data_keys(task: str, own: Tree) -> Tree:

@@ -109,18 +109,15 @@ def load_examples(split: str, data: DataKeys, tokenizer: Any, world: dist.World)
     Every rank calls this. Raises DataError and ConfigError, on all ranks alike.
     """
     examples = dist.first_here_first(world, lambda: tokenise_split(split, data, tokenizer))
-    dist.together(lambda: _refuse_other_machines(split, examples.digest))
-    return examples
-
-
-def _refuse_other_machines(split: str, digest: str) -> None:
-    """Ranks deal parts of one order: with other examples they would train on parts of two."""
-    if apart := dist.hosts_apart(digest):
-        others, first = apart
-        raise DataError(
+    # Ranks deal parts of one order: with other examples they would train on parts of two.
+    dist.check_same(
+        examples.digest,
+        lambda others, first: DataError(
             f"data.{split}: {others}: other examples than on {first}: the same files, revisions and "
             "tokenizer are needed everywhere"
-        )
+        ),
+    )
+    return examples
 
 
 def tokenise_split(split: str, data: DataKeys, tokenizer: Any) -> Examples:

@@ -37,7 +37,7 @@ from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.sources import Given, Recorder
 from prefix_ds.model.steps import Steps
 from prefix_ds.model.trial import Findings, Trial, limits_of
-from prefix_ds.prefix import KeyValue, Slot
+from prefix_ds.prefix import KeyValue, Slot, num_positions
 
 _Answer = Callable[[Callable[[], Tensor]], Tensor]  # made of a forward pass, which gives logits
 
@@ -159,7 +159,7 @@ class PrefixLM:
         self, batch: Batch, table_PD: Tensor | None, slots: Sequence[Slot], answer: _Answer
     ) -> Tensor:
         self._attach(table_PD, slots)
-        positions_BT = batch.positions_BT + _length(table_PD)
+        positions_BT = batch.positions_BT + num_positions(table_PD)
         result = answer(lambda: self._forward(batch.ids_BT, positions_BT, batch.documents))
         if isinstance(self._joint.source, Given):
             self._joint.source.check_seen()
@@ -210,11 +210,11 @@ class PrefixLM:
             top_p=top_p,
         )
         ids_BT, mask_BT = decoding.left_padded(prompts, pad_id, self.device)
-        positions_BT = decoding.positions_of(mask_BT) + _length(table_PD)
+        positions_BT = decoding.positions_of(mask_BT) + num_positions(table_PD)
         steps = Steps(
             len(prompts),
             eos_ids=eos_ids,
-            front=_length(table_PD),
+            front=num_positions(table_PD),
             draw=decoding.drawer(seeds) if temperature > 0 else None,
             when_left=self._positions.keep,
             synced=synced,
@@ -290,7 +290,3 @@ class PrefixLM:
         return replace(
             found, means_text=means_text, can_pack=can_pack, finish=found.finish if is_known else None
         )
-
-
-def _length(table_PD: Tensor | None) -> int:
-    return 0 if table_PD is None else table_PD.shape[0]

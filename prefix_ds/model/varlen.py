@@ -52,13 +52,13 @@ def is_for(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> bool:
     size = key.shape[-1]
     is_filled = query.shape[-1] == size >= value.shape[-1]
     fits = is_filled and size <= _LARGEST_HEAD and size % _HEADS_ARE_MULTIPLES_OF == 0
-    is_alike = not _has_windows(layout) or len(layout.rows_with_front) in (0, len(query))
+    has_windows = _has_windows(layout)
+    is_alike = not has_windows or len(layout.rows_with_front) in (0, len(query))
     can_be = fits and is_alike and bool(layout.documents) and query.dtype in _TYPES and not layout.softcap
     if not can_be or device_type(query) != "cuda":
         return False
-    return query.is_meta or _agrees(
-        query.device, query.dtype, size, _has_windows(layout), layout.sinks_N is not None
-    )
+    has_sinks = layout.sinks_N is not None
+    return query.is_meta or _agrees(query.device, query.dtype, size, has_windows, has_sinks)
 
 
 def _has_windows(layout: Layout) -> bool:
