@@ -69,9 +69,8 @@ def main():
                 chosen = texts()[: first if quick else None]
                 name = f"{task}, {len(chosen):,} examples, {model}"
                 if all(word in name for word in words):
-                    folder = base_folder(
-                        Path(place) / model.replace(" ", ""), sizes, captions() + summaries()
-                    )
+                    place_of_base = Path(place) / f"base{sizes['hidden_size']}"
+                    folder = base_folder(place_of_base, sizes, captions() + summaries())
                     compare(written(folder, task, chosen, at_once), name, rounds, table)
     Console(width=130).print(table)
 
