@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 
 from prefix_ds.data.batch import Batch, Document, documents_of
 from prefix_ds.errors import ModelError
-from prefix_ds.model import PrefixLM, apart, attention, likelihood, norms, varlen
+from prefix_ds.model import PrefixLM, apart, attention, blocks, gates, likelihood, norms, varlen
 from prefix_ds.model.attention import widened
 from prefix_ds.model.finish import finish_of
 from prefix_ds.model.likelihood import summed_nll
@@ -611,7 +611,7 @@ def normed(norm: nn.Module, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "gpt_oss", "qwen3"])
 def test_a_norm_that_keeps_little_gives_what_it_gave(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "_CACHED_NUMBERS", 100)
+    monkeypatch.setattr(blocks, "_CACHED_NUMBERS", 100)
     config = tiny_config(family)
     base, stock = (AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(False) for _ in "ab")
     for parameter in base.parameters():
@@ -675,6 +675,75 @@ def test_a_norm_whose_weight_is_trained_has_its_gradient() -> None:
     norms.take_over_norms(norm)
     norm(torch.randn(5, 8).bfloat16()).sum().backward()
     assert norm.weight.grad is not None
+
+
+# --------------------------------------------------------------------------------------------------- gates
+
+
+def of_each(
+    base: nn.Module, hidden: Tensor, weight: Tensor, name: str
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """What modules whose class ends so give, and the gradient to their input of a weighted sum of it; and the
+    bytes that they kept for it."""
+    found, num_bytes = [], 0
+    for module in base.modules():
+        if type(module).__name__.endswith(name):
+            leaf = hidden.clone().requires_grad_()
+            with kept() as numbers:
+                out = module(leaf)
+            num_bytes += sum(numbers)
+            found.append((out, torch.autograd.grad((out * weight).sum(), leaf)[0]))
+    return found, num_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])
+def test_a_gated_unit_that_keeps_less_gives_bit_by_bit_what_it_gave(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_CACHED_NUMBERS", 100)
+    base = AutoModelForCausalLM.from_config(tiny_config(family)).to(dtype).requires_grad_(False)
+    hidden, weight = torch.randn(2, 2, 7, base.config.hidden_size, dtype=dtype)
+    name = "SparseMoeBlock" if family == "qwen3_moe" else "MLP"
+    stock, before = of_each(base, hidden, weight, name)
+    gates.take_over_gates(base)
+    ours, after = of_each(base, hidden, weight, name)
+    assert len(stock) == base.config.num_hidden_layers
+    for mine, its in zip(ours, stock, strict=True):
+        assert mine[0].equal(its[0])
+        assert mine[1].equal(its[1])
+    chosen = base.config.num_experts_per_tok if family == "qwen3_moe" else 1
+    size = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    inner = 2 * 7 * chosen * getattr(base.config, size) * dtype.itemsize
+    assert before - after == inner * base.config.num_hidden_layers
+
+
+def test_a_gated_unit_that_does_more_is_left_alone() -> None:
+    class CappedMLP(modeling_llama.LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
+
+    class AskedMLP(modeling_llama.LlamaMLP):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x) * scale
+
+    class LearnedActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.slope
+
+    config = tiny_config("llama")
+    learned = modeling_llama.LlamaMLP(config)
+    learned.act_fn = LearnedActivation()
+    for unit in (CappedMLP(config), AskedMLP(config), learned):
+        gates.take_over_gates(unit)
+        assert "forward" not in vars(unit)
+    plain = modeling_llama.LlamaMLP(config)
+    gates.take_over_gates(plain)
+    assert "forward" in vars(plain)
 
 
 # ---------------------------------------------------------------------------------------------------- loss

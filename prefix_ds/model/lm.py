@@ -29,6 +29,7 @@ from prefix_ds.model.base import (
     text_config,
 )
 from prefix_ds.model.finish import finish_of
+from prefix_ds.model.gates import take_over_gates
 from prefix_ds.model.head import Head
 from prefix_ds.model.likelihood import nll_of_each, nll_of_each_behind, summed_nll
 from prefix_ds.model.norms import take_over_norms
@@ -62,6 +63,7 @@ class PrefixLM:
         self.family = family_of(base)
         self.device: torch.device = device or base.device
         silence(base)
+        take_over_gates(base)
         take_over_norms(base)
         switch_attention(base, attention)
         self._joint = Joint(base)

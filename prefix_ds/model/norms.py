@@ -12,7 +12,7 @@ gives. So is it where its weight is trained, or not of the states' type.
 Knows nothing of the models that norms are in.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prefix_ds.model.standing import device_type
+from prefix_ds.model.blocks import blocks_of
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # the names it has in transformers
 _TYPES = (torch.bfloat16, torch.float16)
-_CACHED_NUMBERS = 2**18  # 1 MiB in float32
 _SMALL = 1e-3
 
 Forward = Callable[..., Tensor]
@@ -119,7 +118,7 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_D: Tensor, way: _Way) -> Tensor:
         made, scales = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device), []
-        for hidden_CD, made_CD in _blocks(hidden, made):
+        for hidden_CD, made_CD in blocks_of(hidden, made):
             wide_CD = hidden_CD.to(torch.float32)
             length_C1 = torch.linalg.vector_norm(wide_CD, dim=-1, keepdim=True)
             scales.append((length_C1.square_() / wide_CD.shape[-1]).add_(way.epsilon).rsqrt_())
@@ -132,16 +131,9 @@ class _Normed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         hidden, weight_D, scale_T1 = ctx.saved_tensors
         made = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        for hidden_CD, grad_CD, made_CD, scale_C1 in _blocks(hidden, grads[0], made, scale_T1):
+        for hidden_CD, grad_CD, made_CD, scale_C1 in blocks_of(hidden, grads[0], made, scale_T1):
             unit_CD = hidden_CD.to(torch.float32).mul_(scale_C1)
             to_unit_CD = ctx.way.unapply(grad_CD, weight_D)
             mean_C1 = (to_unit_CD * unit_CD).mean(dim=-1, keepdim=True)
             made_CD.copy_((to_unit_CD - unit_CD.mul_(mean_C1)).mul_(scale_C1))
         return made, None, None
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Places of all of them [C, D]; on a CPU so few that they stay in the cache."""
-    rows = [tensor.flatten(0, -2) for tensor in tensors]
-    size = max(1, _CACHED_NUMBERS // rows[0].shape[1]) if device_type(rows[0]) == "cpu" else len(rows[0])
-    return zip(*(torch.split(tensor, max(1, size)) for tensor in rows), strict=True)
