@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prefix_ds.model.blocks import blocks_of
+from prefix_ds.model.blocks import by_blocks
 
 Function = Callable[[Tensor], Tensor]
 
@@ -51,27 +51,20 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Function) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        made = _like(up)
-        for gate_CI, up_CI, made_CI in blocks_of(gate, up, made):
-            torch.mul(activation(gate_CI), up_CI, out=made_CI)
+        (made,) = by_blocks(lambda gate_CI, up_CI: (activation(gate_CI) * up_CI,), gate, up)
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        to_gate, to_up = _like(gate), _like(up)
-        for gate_CI, up_CI, grad_CI, *to_CI in blocks_of(gate, up, grads[0], to_gate, to_up):
+        def work(gate_CI: Tensor, up_CI: Tensor, grad_CI: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 leaf_CI = gate_CI.detach().requires_grad_()
                 active_CI = ctx.activation(leaf_CI)
-            to_CI[0].copy_(torch.autograd.grad(active_CI, leaf_CI, grad_CI * up_CI)[0])
-            torch.mul(grad_CI, active_CI.detach(), out=to_CI[1])
+            (to_gate_CI,) = torch.autograd.grad(active_CI, leaf_CI, grad_CI * up_CI)
+            return to_gate_CI, grad_CI * active_CI.detach()
+
+        to_gate, to_up = by_blocks(work, *ctx.saved_tensors, grads[0])
         return to_gate, to_up, None
-
-
-def _like(numbers: Tensor) -> Tensor:
-    """Whole, where those may be a half of something."""
-    return torch.empty(numbers.shape, dtype=numbers.dtype, device=numbers.device)
 
 
 class _Split:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prefix_ds.model.blocks import blocks_of
+from prefix_ds.model.blocks import by_blocks
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # the names it has in transformers
 _TYPES = (torch.bfloat16, torch.float16)
@@ -117,23 +117,27 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_D: Tensor, way: _Way) -> Tensor:
-        made, scales = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device), []
-        for hidden_CD, made_CD in blocks_of(hidden, made):
+        def work(hidden_CD: Tensor) -> tuple[Tensor, Tensor]:
             wide_CD = hidden_CD.to(torch.float32)
             length_C1 = torch.linalg.vector_norm(wide_CD, dim=-1, keepdim=True)
-            scales.append((length_C1.square_() / wide_CD.shape[-1]).add_(way.epsilon).rsqrt_())
-            made_CD.copy_(way.apply(wide_CD.mul_(scales[-1]), weight_D))
-        ctx.save_for_backward(hidden, weight_D, torch.cat(scales))
+            scale_C1 = (length_C1.square_() / wide_CD.shape[-1]).add_(way.epsilon).rsqrt_()
+            return way.apply(wide_CD.mul_(scale_C1), weight_D), scale_C1
+
+        made, scale = by_blocks(work, hidden)
+        ctx.save_for_backward(hidden, weight_D, scale)
         ctx.way = way
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        hidden, weight_D, scale_T1 = ctx.saved_tensors
-        made = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        for hidden_CD, grad_CD, made_CD, scale_C1 in blocks_of(hidden, grads[0], made, scale_T1):
+        hidden, weight_D, scale = ctx.saved_tensors
+
+        def work(hidden_CD: Tensor, grad_CD: Tensor, scale_C1: Tensor) -> tuple[Tensor]:
             unit_CD = hidden_CD.to(torch.float32).mul_(scale_C1)
             to_unit_CD = ctx.way.unapply(grad_CD, weight_D)
             mean_C1 = (to_unit_CD * unit_CD).mean(dim=-1, keepdim=True)
-            made_CD.copy_((to_unit_CD - unit_CD.mul_(mean_C1)).mul_(scale_C1))
-        return made, None, None
+            to_hidden_CD = (to_unit_CD - unit_CD.mul_(mean_C1)).mul_(scale_C1)
+            return (to_hidden_CD.to(hidden.dtype),)
+
+        (to_hidden,) = by_blocks(work, hidden, grads[0], scale)
+        return to_hidden, None, None
