@@ -290,7 +290,8 @@ def test_as_few_layers_are_computed_again_as_fit(run_file, capsys):
     """An eighth of the layers less would not fit."""
 
     def estimates_of(again):
-        words = ["plan", run_file, f"model.recompute={again}", "--nodes", 4, "--json"]
+        longer = ["data.max_length=1024", "train.micro_batch_tokens=8192"]
+        words = ["plan", run_file, f"model.recompute={again}", *longer, "--nodes", 4, "--json"]
         return json.loads(told(capsys, *words))
 
     data, limit = estimates_of("auto"), DEVICES["h100-80gb"].usable_bytes
