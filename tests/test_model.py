@@ -602,10 +602,10 @@ def kept() -> Iterator[list[int]]:
         yield found
 
 
-def normed(norm: nn.Module, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What a norm gives, and the gradient to its input of a weighted sum of it."""
+def given(module: nn.Module, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module gives, and the gradient to its input of a weighted sum of it."""
     hidden = hidden.clone().requires_grad_()
-    out = norm(hidden)
+    out = module(hidden)
     return out, torch.autograd.grad((out * weight).sum(), hidden)[0]
 
 
@@ -624,7 +624,7 @@ def test_a_norm_that_keeps_little_gives_what_it_gave(family: str, monkeypatch: p
         if ours not in taken:
             continue
         hidden, weight = torch.randn(2, 2, 7, len(ours.weight)).bfloat16()  # type: ignore[arg-type]
-        for mine, its in zip(normed(ours, hidden, weight), normed(theirs, hidden, weight), strict=True):
+        for mine, its in zip(given(ours, hidden, weight), given(theirs, hidden, weight), strict=True):
             assert distance(mine.double(), its.double()) < 2 * torch.finfo(torch.bfloat16).eps
         with kept() as numbers:
             ours(hidden.requires_grad_())
@@ -688,11 +688,10 @@ def of_each(
     found, num_bytes = [], 0
     for module in base.modules():
         if type(module).__name__.endswith(name):
-            leaf = hidden.clone().requires_grad_()
             with kept() as numbers:
-                out = module(leaf)
+                module(hidden.clone().requires_grad_())
             num_bytes += sum(numbers)
-            found.append((out, torch.autograd.grad((out * weight).sum(), leaf)[0]))
+            found.append(given(module, hidden, weight))
     return found, num_bytes
 
 

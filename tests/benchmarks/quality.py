@@ -7,9 +7,9 @@ E2E (text from data), DialogSum (summaries) and Multi30k (English to German), fr
 projection) and LoRA of ranks 8 and 32 (`tests.benchmarks.peft_tuning`), our prefix (from text, and from noise
 through an MLP), all weights: the same examples in the same steps. A way's learning rate is the best by
 validation with one seed: two neighbours of a ladder (1, 3, 10, ...) are tried, and while the best is at an end,
-the rate beyond it. Then two seeds more, of two prefixes only for the better. Printed: test loss and scores (mean over seeds, the interval of the
-first), the share of full fine-tuning's gain in loss, trained numbers, bytes, seconds and MiB of training, and
-every rate that was tried.
+the rate beyond it. Then two seeds more, of two prefixes only for the better. Printed: test loss and scores
+(mean over seeds, the interval of the first), the share of full fine-tuning's gain in loss, trained numbers,
+bytes, seconds and MiB of training, and every rate that was tried.
 
 Started again it goes on; hours on two cores, two runs at a time. `--quick`: ten steps, two rates, one seed, a
 few records, on a base of ten steps: that it runs, not how good anything is.
