@@ -4,6 +4,7 @@ The meaning law, for all families, is in test_families.py.
 """
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
@@ -520,6 +522,7 @@ def test_a_kernel_is_taken_only_where_it_agrees(
         (varlen._kernel, varlen._kernel_backwards),
         (lambda *asked: kernel_by_reference(*asked[:-1], 2 * asked[-1]), kernel_backwards_by_reference),
         (kernel_by_reference, lambda *asked: [2 * grad for grad in kernel_backwards_by_reference(*asked)]),
+        (kernel_by_reference, lambda *asked: [g * math.nan for g in kernel_backwards_by_reference(*asked)]),
         (kernel_by_reference, kernel_backwards_by_reference),
     ]
     answers = []
@@ -529,8 +532,8 @@ def test_a_kernel_is_taken_only_where_it_agrees(
         monkeypatch.setattr(varlen, "_kernel_backwards", backwards)
         answers += [varlen._agrees(*tried), varlen._agrees(*tried)]
     varlen._agrees.cache_clear()
-    assert answers == [False] * 6 + [True] * 2
-    assert len(caplog.messages) == 3  # each said once
+    assert answers == [False] * 8 + [True] * 2
+    assert len(caplog.messages) == 4  # each said once
     assert all(m.startswith("attention's kernel for packed rows is not used: ") for m in caplog.messages)
 
 
@@ -719,8 +722,13 @@ def test_a_gated_unit_that_keeps_less_gives_bit_by_bit_what_it_gave(
 
 def test_a_gated_unit_that_does_more_is_left_alone() -> None:
     class CappedMLP(modeling_llama.LlamaMLP):
+        cap = 0.1
+
         def forward(self, x: Tensor) -> Tensor:
-            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=self.cap) * self.up_proj(x))
+
+    class LittleCappedMLP(CappedMLP):
+        cap = 1000.0
 
     class AskedMLP(modeling_llama.LlamaMLP):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -737,12 +745,30 @@ def test_a_gated_unit_that_does_more_is_left_alone() -> None:
     config = tiny_config("llama")
     learned = modeling_llama.LlamaMLP(config)
     learned.act_fn = LearnedActivation()
-    for unit in (CappedMLP(config), AskedMLP(config), learned):
+    in_place = modeling_llama.LlamaMLP(config)
+    in_place.act_fn = nn.SiLU(inplace=True)
+    for unit in (CappedMLP(config), LittleCappedMLP(config), AskedMLP(config), learned, in_place):
         gates.take_over_gates(unit)
         assert "forward" not in vars(unit)
     plain = modeling_llama.LlamaMLP(config)
     gates.take_over_gates(plain)
     assert "forward" in vars(plain)
+    x = torch.randn(2, config.hidden_size)
+    assert plain(x=x).equal(plain(x))
+
+
+@pytest.mark.parametrize("cap", [None, 1000.0])
+def test_experts_whose_gate_does_more_are_left_alone(cap: float | None) -> None:
+    class Experts(nn.Module):
+        act_fn = staticmethod(functional.silu)
+
+        def _apply_gate(self, gate_and_up: Tensor) -> Tensor:
+            gate, up = gate_and_up.chunk(2, dim=-1)
+            return self.act_fn(gate).clamp(max=cap) * up if cap else self.act_fn(gate) * up
+
+    experts = Experts()
+    gates.take_over_gates(experts)
+    assert ("_apply_gate" in vars(experts)) == (cap is None)
 
 
 # ---------------------------------------------------------------------------------------------------- loss

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_ds.model.agreement import error_between
+
 Finish = Callable[[Tensor], Tensor]  # element by element
 
 
@@ -19,7 +21,10 @@ def finish_of(raw: Tensor, final: Tensor, config: Any) -> Finish | None:
     """The function that makes `final` of `raw`; None where it is none of those known."""
     if raw.shape != final.shape:
         return None
-    errors = [(_error(finish(raw), final), finish) for finish in _known(raw, final, config)]
+    known = list(_known(raw, final, config))
+    if raw.is_meta:
+        return known[0]
+    errors = [(error_between(finish(raw), final), finish) for finish in known]
     least, finish = min(errors, key=lambda found: found[0])  # a cap may change small logits hardly at all
     return finish if least < 8 * torch.finfo(final.dtype).eps else None
 
@@ -37,10 +42,3 @@ def _known(raw: Tensor, final: Tensor, config: Any) -> Iterator[Finish]:
 def _caps(config: Any) -> list[float]:
     names = (name for name in vars(config) if "cap" in name and "attn" not in name)
     return [float(value) for name in names if isinstance(value := getattr(config, name), (int, float))]
-
-
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, of what is largest."""
-    if ours.is_meta:
-        return 0.0
-    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30))

@@ -4,13 +4,14 @@ Autograd keeps three tensors of the inner size, which is by far the largest of a
 activation between them. That is a fifth of all that a layer of a Llama keeps, and it costs one pass over the
 numbers to have it again. Same operations in the same types, so the same results, bit by bit.
 
-Families write such a unit in a few ways, and some do more in it. So each is asked once, with small matrices
-in the place of its own, and is left alone unless it gives exactly this; so is one whose activation has
-weights.
+Families write such a unit in a few ways, and some do more in it: cap what is large, say. So each is asked
+once, with small matrices in the place of its own and numbers of all sizes, and is left alone unless it gives
+exactly this; so is one whose activation has weights.
 
 Knows nothing of the models that units are in.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from prefix_ds.model.blocks import by_blocks
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Tensor]
 
 _ACTIVATIONS = ("act_fn", "activation_fn")  # the names it has in transformers
 _APART, _JOINED, _DOWN = ("gate_proj", "up_proj"), ("gate_up_proj",), "down_proj"
 _NARROW, _WIDE = 8, 12  # of the matrices that a unit is asked with
 _TYPES = (torch.float32, torch.bfloat16)
+_LARGEST = 1e5  # of the numbers it is asked with, which start at one
 
 
 def take_over_gates(base: nn.Module) -> None:
@@ -34,7 +36,7 @@ def take_over_gates(base: nn.Module) -> None:
     for module in base.modules():
         names, activation = _projections(module), _activation(module)
         if activation is not None and names and _is_no_more(module, names, activation):
-            module.forward = _Unit(module, names, activation)
+            module.forward = _Unit(module, names, activation, module.forward)
         if activation is not None and _splits_and_gates(module, activation):
             module._apply_gate = _Split(activation)  # type: ignore[assignment]
 
@@ -78,25 +80,27 @@ class _Split:
 
 
 class _Unit:
-    """A unit's forward pass."""
+    """A unit's forward pass; its own where it is asked otherwise than with hidden states alone."""
 
-    def __init__(self, module: Any, names: tuple[str, ...], activation: Function) -> None:
-        self._module, self._names, self._activation = module, names, activation
+    def __init__(self, module: Any, names: tuple[str, ...], activation: Function, stock: Function) -> None:
+        self._module, self._names, self._activation, self._stock = module, names, activation, stock
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        projected = [getattr(self._module, name)(hidden) for name in self._names]
+    def __call__(self, *given: Any, **options: Any) -> Tensor:
+        if len(given) != 1 or options:
+            return self._stock(*given, **options)
+        projected = [getattr(self._module, name)(*given) for name in self._names]
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         down: Tensor = getattr(self._module, _DOWN)(gated(gate, up, self._activation))
         return down
 
 
 def _activation(module: nn.Module) -> Function | None:
-    """A module's own, without the hooks that modules have: it is called a block at a time."""
+    """A module's own, without the hooks that modules have: it is called a block at a time, and once more."""
     found = next((a for name in _ACTIVATIONS if callable(a := getattr(module, name, None))), None)
     if not isinstance(found, nn.Module):
         return found
     has_weights = any(True for _ in found.parameters()) or any(True for _ in found.buffers())
-    return None if has_weights else found.forward
+    return None if has_weights or getattr(found, "inplace", False) else found.forward
 
 
 def _projections(module: nn.Module) -> tuple[str, ...]:
@@ -126,8 +130,8 @@ def _is_no_more(module: nn.Module, names: tuple[str, ...], activation: Function)
     def is_alike(dtype: torch.dtype) -> bool:
         matrices = {name: _made(size, dtype, seed) for seed, (name, size) in enumerate(sizes.items())}
         imitation: Any = _Imitation(module, {name: _times(matrix) for name, matrix in matrices.items()})
-        hidden = _made((2, 3, _NARROW), dtype)
-        return _is_same(partial(forward, imitation), _Unit(imitation, names, activation), hidden)
+        theirs = partial(forward, imitation)
+        return _is_same(theirs, _Unit(imitation, names, activation, theirs), _of_all_sizes(_NARROW, dtype))
 
     return len(signature(forward).parameters) == 2 and all(map(is_alike, _TYPES))
 
@@ -143,8 +147,14 @@ def _splits_and_gates(module: nn.Module, activation: Function) -> bool:
     theirs: Any = getattr(type(module), "_apply_gate", None)
     if theirs is None or "_apply_gate" in vars(module):
         return False
-    tried = [_made((3, 2 * _WIDE), dtype) for dtype in _TYPES]
+    tried = [_of_all_sizes(2 * _WIDE, dtype) for dtype in _TYPES]
     return all(_is_same(partial(theirs, module), _Split(activation), numbers) for numbers in tried)
+
+
+def _of_all_sizes(width: int, dtype: torch.dtype) -> Tensor:
+    """Places [6, width] around one, ten, and so on: a cap shows in what is larger than it."""
+    sizes_61 = torch.logspace(0, math.log10(_LARGEST), 6)[:, None]
+    return (_made((6, width), torch.float32) * sizes_61).to(dtype)
 
 
 def _made(size: tuple[int, ...], dtype: torch.dtype, seed: int = 9) -> Tensor:

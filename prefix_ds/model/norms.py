@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prefix_ds.model.agreement import error_between
 from prefix_ds.model.blocks import by_blocks
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # the names it has in transformers
@@ -74,11 +75,13 @@ class _Norm:
         self._way: _Way | None = None
         self._is_asked = False
 
-    def __call__(self, hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def __call__(self, *given: Any, **options: Any) -> Tensor:
+        if len(given) != 1 or options:
+            return self._stock(*given, **options)
+        (hidden,) = given
         weight: Any = self._module.weight
-        is_ours = hidden.dtype in _TYPES and weight.dtype == hidden.dtype and weight.dim() == 1
-        if rest or options or not is_ours:
-            return self._stock(hidden, *rest, **options)
+        if hidden.dtype not in _TYPES or weight.dtype != hidden.dtype or weight.dim() != 1:
+            return self._stock(hidden)
         if not self._is_asked:
             self._way, self._is_asked = self._asked(weight), True
         if self._way is None or weight.requires_grad:
@@ -97,7 +100,7 @@ class _Norm:
         numbers = torch.linspace(-_SMALL, _SMALL, 2 * len(weight_D), device=weight_D.device)
         hidden_2D = numbers.view(2, -1).to(weight_D.dtype)
         theirs = self._stock(hidden_2D)
-        errors = [_error(_Normed.apply(hidden_2D, weight_D, way), theirs) for way in ways]  # type: ignore[no-untyped-call]
+        errors = [error_between(_Normed.apply(hidden_2D, weight_D, way), theirs) for way in ways]  # type: ignore[no-untyped-call]
         least = min(errors)
         return ways[errors.index(least)] if least < 4 * torch.finfo(weight_D.dtype).eps else None
 
@@ -105,13 +108,6 @@ class _Norm:
 def fused(hidden: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """A norm whose weight multiplies what is already rounded, in torch's own kernel where it has one."""
     return functional.rms_norm(hidden, weight_D.shape, None, epsilon) * weight_D
-
-
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, of what is largest."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return float("inf")
-    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30))
 
 
 class _Normed(torch.autograd.Function):

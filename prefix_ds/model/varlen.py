@@ -32,6 +32,7 @@ from torch.nn.attention import varlen  # noqa: F401 - registers the kernel
 
 from prefix_ds.data.batch import Document, sent
 from prefix_ds.model import apart
+from prefix_ds.model.agreement import error_between
 from prefix_ds.model.apart import Layout
 from prefix_ds.model.masks import Causal
 from prefix_ds.model.standing import device_type
@@ -82,7 +83,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, size: int, has_windows: bo
     tensors = [torch.randn(shape, generator=chance).to(device, dtype) for shape in shapes]
     try:
         pairs = zip(_tried(attended, tensors, layout), _tried(apart.attended, tensors, layout), strict=True)
-        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        error = max(error_between(*pair) for pair in pairs)
     except (RuntimeError, TypeError) as refusal:
         log.warning("attention's kernel for packed rows is not used: %s", str(refusal).partition("\n")[0])
         return False
