@@ -120,6 +120,25 @@ def test_results_are_scaled_in_pieces():
     assert max(wide) <= y.numel() / 4
 
 
+@pytest.mark.parametrize("times", [times_rows, times_columns])
+def test_a_product_of_no_rows(times):
+    """Of experts that no token of this rank hits."""
+    values, scale = quantised(random(8, 8))
+    x = torch.zeros(0, 8, requires_grad=True)
+    times(x, values, scale).sum().backward()
+    assert x.grad.shape == (0, 8)
+
+
+def test_int8_activations_leave_their_input_as_it_is():
+    """What made it may need it for its own gradient, as ReLU does."""
+    values, scale = quantised(random(8, 32))
+    x = random(3, 32)
+    x[0, 5] = 40.0
+    x.requires_grad_()
+    times_rows_in_int8(6.0)(x.relu(), values, scale).sum().backward()
+    assert x.grad is not None
+
+
 def test_only_the_parameters_themselves_are_saved():
     values = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     scale = torch.nn.Parameter(torch.ones(4), requires_grad=False)
@@ -228,6 +247,13 @@ def test_an_embedding_that_does_more_than_look_up_rows_is_not_exchanged_silently
         load_base(keys(folders / "gemma2", 8, 8))
 
 
+def keep(base):
+    """Puts a base's weights in the place of their promises."""
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(kept(parameter), requires_grad=False))
+
+
 class Neighbour(torch.nn.Module):
     """A layer that computes with another's weight itself."""
 
@@ -250,12 +276,20 @@ class Neighbour(torch.nn.Module):
 )
 def test_weights_used_without_their_scales_are_found(folders, reach, said):
     base = load_base(keys(folders / "llama", 8))
-    for module in base.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(kept(parameter), requires_grad=False))
+    keep(base)
     base.model.layers[1].mlp = Neighbour(base, reach)
     with pytest.raises(ModelError, match=said):
         PrefixLM(base)
+
+
+def test_experts_of_one_layer_stay_in_16_bits(folders):
+    """Others run by a function of ours, which these have no scales for."""
+    some = keys(folders / "qwen3_moe", 8).model_copy(update={"in_16_bits": ["layers.0.mlp.experts"]})
+    base = load_base(some)
+    keep(base)
+    first, second, *_ = (module for module in base.modules() if "is_transposed" in vars(module))
+    assert [each.gate_up_proj.dtype == torch.int8 for each in (first, second)] == [False, True]
+    assert base(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False).logits.isfinite().all()
 
 
 def test_layers_that_are_left_in_16_bits(folders):
@@ -275,9 +309,7 @@ def test_layers_that_are_left_in_16_bits(folders):
 def test_the_order_of_modules_does_not_depend_on_where_tokens_go(folders, family):
     """ZeRO-3 stops fetching ahead when it does: one expert's activation after another's is another order."""
     base = load_base(keys(folders / family, 8))
-    for module in base.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(kept(parameter), requires_grad=False))
+    keep(base)
     orders, order = [], []
     for name, module in base.named_modules():
         module.register_forward_pre_hook(lambda _, __, name=name: order.append(name))
@@ -294,8 +326,7 @@ def test_the_gradient_of_a_layer_does_not_pass_all_tokens_once_for_each_expert(f
     """Rows cut out one by one would: the gradient of a slice is as large as what it was cut from."""
     base = load_base(keys(folders / family, 8))
     module = next(module for module in base.modules() if stacks_of(module))
-    for name, parameter in module.named_parameters(recurse=False):
-        setattr(module, name, torch.nn.Parameter(kept(parameter), requires_grad=False))
+    keep(module)
     stack_NRK = getattr(module, stacks_of(module)[0])
     hidden_TE = torch.randn(12, stack_NRK.shape[2], dtype=base.dtype, requires_grad=True)
     index_TK = torch.arange(24).view(12, 2) % len(stack_NRK)

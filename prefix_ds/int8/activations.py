@@ -34,7 +34,8 @@ def _times(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, threshold: float) -> Tensor:
     kernels, flat = torch.ops.bitsandbytes, x.detach().reshape(-1, x.shape[-1])
-    given = flat.to(torch.float16) if flat.is_cuda else flat  # CUDA's kernel takes nothing else
+    dtype = torch.float16 if flat.is_cuda else flat.dtype  # CUDA's kernel takes nothing else
+    given = flat.to(dtype, copy=True)  # the kernel writes zeros over outliers for a while
     with scales_known():
         rows, largest, outliers = kernels.int8_vectorwise_quant(given.contiguous(), threshold)
         y = kernels.int8_mixed_scaled_mm(flat, rows, weight, largest, scale * 127.0, outliers)[0]

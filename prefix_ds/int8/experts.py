@@ -9,6 +9,7 @@ tokens go. Experts of a family with code of its own stay in 16 bits.
 Knows nothing of how a model is taken apart.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -61,8 +62,10 @@ def _projected(module: Any, name: str, x_SK: Tensor, counts: dict[int, int]) -> 
 
 
 def switch_experts(module: nn.Module) -> None:
-    """The module runs its experts through ours."""
-    module.config._experts_implementation = NAME  # type: ignore[union-attr]
+    """The module runs its experts through ours; those of other layers may be in 16 bits still."""
+    config: Any = copy(module.config)
+    config._experts_implementation = NAME
+    module.config = config
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _run)

@@ -124,5 +124,5 @@ def _by_columns(x_MR: Tensor, matrix_RK: Tensor, scale_R: Tensor, result_MK: Ten
 def _tiles(length: int, width: int, device: torch.device) -> list[slice]:
     """Slices of a dimension, such that a tile has about as many numbers as suits the device."""
     count = max(1, length * width // _TILE_NUMBERS.get(device.type, 2**26))
-    size = -(-length // count)
+    size = max(1, -(-length // count))  # experts may be hit by no token
     return [slice(start, start + size) for start in range(0, length, size)]
