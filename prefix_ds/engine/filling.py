@@ -111,11 +111,13 @@ def _fill(holders: Holders, init: Any, room: Room, bar: Progress) -> None:
 def _groups(holders: Holders, init: Any) -> Iterator[list[Tensor]]:
     """The parameters in turn, so many at a time that a rank reads a stated number of bytes."""
     group: list[Tensor] = []
+    num_bytes = 0
     for parameter in holders:
         group.append(parameter)
-        if sum(_shard_bytes(p, init) for p in group) >= _AGREE_EVERY_BYTES:
+        num_bytes += _shard_bytes(parameter, init)
+        if num_bytes >= _AGREE_EVERY_BYTES:
             yield group
-            group = []
+            group, num_bytes = [], 0
     yield group
 
 
