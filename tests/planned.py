@@ -169,7 +169,7 @@ def engine_of(config, case, world):
     shards = sharded(base, settings)
     lm = PrefixLM(shards.module, recompute=config.model.recompute, device=world.device)
     prefix = Direct(lm.slots, random_table(lm.slots, case.prefix, 0.02, seed=0))
-    return PrefixEngine(lm, prefix, config.train, world, write=lambda *_: None)
+    return PrefixEngine(lm, shards, prefix, config.train, world, write=lambda *_: None)
 
 
 def share_of(case, vocab_size=16000):

@@ -19,10 +19,10 @@ from prefix_ds.engine.filling import in_shards
 from prefix_ds.engine.saving import saving_parameters
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
-from prefix_ds.engine.sizing import fetched_at_once
 from prefix_ds.int8.product import times_columns, times_rows
 from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
+from prefix_ds.model.recompute import repeatable_layers
 from prefix_ds.prefix import random_table
 from tests.laws import batch_of, tokens
 from tests.ranks import on_ranks
@@ -68,7 +68,7 @@ def terms_of(case, folder, keeps_aliases=False):
         give_back_what_is_free()
         loaded = resident() - own
         lm = PrefixLM(base.module, recompute=recompute, device=world.device)
-        peak = highest_of_steps(lm, nullcontext if keeps_aliases else saving_parameters) - own
+        peak = highest_of_steps(lm, nullcontext if keeps_aliases else saving_parameters, base.let_go) - own
         give_back_what_is_free()
         assert not [n for n, p in base.module.named_parameters() if p.numel() and not p.ds_persist]
         terms = {
@@ -90,10 +90,10 @@ def used_once(folder, family, bits, world):
             x = torch.zeros(16, width, dtype=torch.bfloat16)
             times(x, torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0]))
     small = sharded_base(folder / "small", bits, world)
-    highest_of_steps(PrefixLM(small.module, device=world.device), saving_parameters)
+    highest_of_steps(PrefixLM(small.module, device=world.device), saving_parameters, small.let_go)
 
 
-def highest_of_steps(lm, saving):
+def highest_of_steps(lm, saving, let_go=lambda: None):
     """Of four: ZeRO-3 learns the order of modules in the first, and fetches ahead in the others."""
     table_PD = random_table(lm.slots, 4, 0.1, seed=0).requires_grad_()
     batch = batch_of([tokens(8, 1)], [tokens(8, 2)])
@@ -103,6 +103,7 @@ def highest_of_steps(lm, saving):
         with saving():
             loss = lm.loss(batch, table_PD, lm.slots)
         loss.backward()
+        let_go()
         lm.detach()
     return highest()
 
@@ -117,7 +118,7 @@ def sharded_base(folder, bits, world):
 def gathered_mib(module):
     """The widest of what comes at once, a layer or a module's own, or all that may be there before nothing
     more is fetched ahead; and the parameter that passes the limit; twice, as gathered and as put in order."""
-    layers = fetched_at_once(module)
+    layers = repeatable_layers(module)
     sizes = [
         sum(p.ds_numel * p.element_size() for p in m.parameters(recurse=m in layers))
         for m in module.modules()

@@ -15,6 +15,7 @@ from prefix_ds.config import parse_config
 from prefix_ds.dist import joined_world
 from prefix_ds.engine.filling import _place_buffers, in_shards
 from prefix_ds.engine.pace import keep_pace
+from prefix_ds.engine.prefix_engine import PrefixEngine
 from prefix_ds.engine.settings import deepspeed_settings
 from prefix_ds.engine.sharding import sharded
 from prefix_ds.initial import initial_prefix
@@ -22,7 +23,7 @@ from prefix_ds.loading import load_base
 from prefix_ds.model import PrefixLM
 from prefix_ds.model.recompute import repeatable_layers
 from prefix_ds.model.trial import Trial
-from prefix_ds.prefix import random_table, table_of
+from prefix_ds.prefix import Direct, random_table, table_of
 from tests.laws import whole_batch
 from tests.planned import Case, config_of, engine_of, share_of
 from tests.ranks import on_ranks
@@ -184,6 +185,31 @@ def test_the_host_stays_two_layers_ahead_of_the_device(again):
         if word == "waited for":
             assert following == ("queued", number + 2)
     assert told[trial:].count(("waited for", queued[-1] - 2)) == 1
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_nothing_stays_gathered_after_a_step(tmp_path, recompute):
+    """Whichever layer is the lowest with a prefix: below it nothing has a gradient."""
+    for family in ("llama", "jamba"):
+        tiny(family).save_pretrained(tmp_path / family)
+    assert on_ranks(2, left_gathered, tmp_path, recompute) == [{"llama": [], "jamba": []}] * 2
+
+
+def left_gathered(folder, recompute):
+    found = {}
+    with joined_world() as world:
+        for family in ("llama", "jamba"):
+            words, zero = (f"model.recompute={recompute}",), (("stage3_param_persistence_threshold", 0),)
+            case = Case(family, rows=2, length=9, words=words, zero=zero)
+            config = config_of(case, folder)
+            whole = engine_of(config, case, world)
+            slots = whole.prefix.slots[-1:]
+            upper = Direct(slots, random_table(slots, 3, 0.02, seed=0))
+            engine = PrefixEngine(whole.lm, whole._base, upper, config.train, world, write=None)
+            for _ in range(TURNS):
+                engine.step(share_of(case, 90), 1e-3)
+            found[family] = [name for name, p in engine.lm.base.named_parameters() if p.numel()]
+    return found
 
 
 def test_modules_that_recomputation_leaves_early_are_not_kept(tmp_path):

@@ -2,8 +2,9 @@
 
 What is gathered and let go of is counted on the host's clock, and memory that the host has let go of is free
 only once the device has come so far. A host that queues a dozen layers while one computes therefore has the
-memory of a dozen, however few may be alive at a time; DeepSpeed only makes the device wait for gathers, never
-the host for the device. Two layers are enough for the next one's gather to run while this one computes.
+memory of a dozen, however few may be alive at a time: in DeepSpeed the host waits for gathers, and never for
+the device's work on what they brought. Two layers are enough for the next one's gather to run while this one
+computes.
 
 Rejected: waiting for the device after each layer, which leaves it without work until the host has come round.
 

@@ -19,7 +19,7 @@ from prefix_ds.config import TrainKeys
 from prefix_ds.data.batch import Share
 from prefix_ds.dist import World, on_first, summed
 from prefix_ds.engine.saving import saving_parameters
-from prefix_ds.engine.sharding import no_modules_left
+from prefix_ds.engine.sharding import Sharded, no_modules_left
 from prefix_ds.engine.step import StepReport
 from prefix_ds.engine.waiting import waiting
 from prefix_ds.errors import RunError
@@ -38,17 +38,12 @@ class PrefixEngine:
     every_rank_saves = False
 
     def __init__(
-        self, lm: PrefixLM, prefix: Prefix, keys: TrainKeys, world: World, write: WriteTable
+        self, lm: PrefixLM, base: Sharded, prefix: Prefix, keys: TrainKeys, world: World, write: WriteTable
     ) -> None:
-        """`write` puts a finished table into a folder; only rank 0 calls it."""
+        """`base` is what `lm` runs; `write` puts a finished table into a folder: only rank 0 calls it."""
         assert isinstance(prefix, nn.Module)
-        self.lm, self.prefix, self.keys, self.world, self._write = (
-            lm,
-            prefix.to(world.device),
-            keys,
-            world,
-            write,
-        )
+        self.lm, self.prefix, self.keys, self.world = lm, prefix.to(world.device), keys, world
+        self._base, self._write = base, write
         self.trained = list(prefix.parameters())
         self.optimizer = adamw(self.trained, keys)
 
@@ -71,6 +66,7 @@ class PrefixEngine:
             with saving_parameters():
                 summed_nll = self.lm.loss(batch.to(self.world.device), leaf, self.prefix.slots)
             torch.autograd.backward(summed_nll)
+            self._base.let_go()
             loss += summed_nll.detach()
             self.lm.detach()
         assert leaf.grad is not None

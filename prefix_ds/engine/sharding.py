@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from prefix_ds.dist import has_gpu
 from prefix_ds.engine.pace import keep_pace
 from prefix_ds.engine.settings import Settings
-from prefix_ds.engine.sizing import fetched_at_once, sized, sizes_of
+from prefix_ds.engine.sizing import sized, sizes_of
 from prefix_ds.model.recompute import repeatable_layers
 
 
@@ -51,6 +51,13 @@ class Sharded:
     def bytes_on_disk(self) -> int:
         """Bytes of this rank's shards that lie on a disk."""
         return sum(s.ds_numel * s.element_size() for s in self._shards() if s.final_location == "nvme")
+
+    def let_go(self) -> None:
+        """Ends a backward pass: gives back what modules gathered below which nothing has a gradient.
+
+        DeepSpeed does not learn that it is through with them. Its own optimizers do this too.
+        """
+        self.engine.optimizer.release_backward_leftovers()
 
     def _shards(self) -> list[Any]:
         return [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
@@ -125,7 +132,7 @@ def _fetch_at_once(base: nn.Module) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    for layer in fetched_at_once(base):
+    for layer in repeatable_layers(base):
         set_z3_leaf_module(layer, flag=True)
     for module in base.modules():
         has_own_loop = type(module).__name__.endswith("Experts") and "has_gate" not in vars(module)
@@ -141,7 +148,6 @@ def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     deepspeed = start_deepspeed()
     whole: dict[str, Tensor] = {}
     copies: dict[nn.Parameter, Tensor] = {}
-    buffers = {name: b for name, b in module.state_dict().items() if not isinstance(b, nn.Parameter)}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter not in copies:
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -149,4 +155,4 @@ def whole_tensors(module: nn.Module, keep: bool) -> dict[str, Tensor]:
         whole[name] = copies[parameter]
     if not keep:
         return {}
-    return whole | {name: b.detach().cpu() for name, b in buffers.items() if name not in whole}
+    return whole | {name: t.cpu() for name, t in module.state_dict().items() if name not in whole}

@@ -41,18 +41,9 @@ class Sizes:
 
 def sizes_of(base: nn.Module) -> Sizes:
     """The sizes of a base, whole or in shards."""
-    layers = tuple(sum(_numbers(layer.parameters())) for layer in repeatable_layers(base))
-    at_once = {_numbers(layer.parameters()) for layer in fetched_at_once(base)}
-    at_once |= {_numbers(module.parameters(recurse=False)) for module in base.modules()}
-    return Sizes(_numbers(base.parameters()), layers, tuple(at_once))
-
-
-def fetched_at_once(base: nn.Module) -> list[nn.Module]:
-    """The layers whose parameters come and go together, in place of one module's after another's.
-
-    Not the lowest: nothing below it has a gradient, so DeepSpeed would not learn that it is done with.
-    """
-    return repeatable_layers(base)[1:]
+    by_layer = [_numbers(layer.parameters()) for layer in repeatable_layers(base)]
+    by_module = [_numbers(module.parameters(recurse=False)) for module in base.modules()]
+    return Sizes(_numbers(base.parameters()), tuple(map(sum, by_layer)), tuple({*by_layer, *by_module}))
 
 
 def sized(settings: Settings, sizes: Sizes) -> Settings:

@@ -97,8 +97,7 @@ class _Coordinator:
             self.most = self.now
             (self._fetch if moment.is_fetch else self._release)(moment)
             held.append(self.most)
-        if self.is_trained:  # DeepSpeed's optimizer lets go of what no backward pass did
-            self._let_go_of_the_rest()
+        self._let_go_of_the_rest()
         return Gathering(tuple(held), self.num_bytes, self.num_calls)
 
     def _reset(self) -> None:
@@ -189,6 +188,7 @@ class _Coordinator:
                 self._let_go(parameter)
 
     def _let_go_of_the_rest(self) -> None:
+        """Of modules whose backward pass did not end, as nothing below them has a gradient."""
         for module, repeated in self.backward.items():
             for parameter in {*self.held[module], *repeated}:
                 self.users[parameter].discard(module)

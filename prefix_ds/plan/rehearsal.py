@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from prefix_ds.config import ModelKeys
 from prefix_ds.data.batch import Batch, Document
-from prefix_ds.engine.sizing import Sizes, fetched_at_once, sizes_of
+from prefix_ds.engine.sizing import Sizes, sizes_of
 from prefix_ds.errors import ModelError
 from prefix_ds.int8 import tiles_as_on
 from prefix_ds.model import PrefixLM
-from prefix_ds.model.recompute import repeated_layers
+from prefix_ds.model.recompute import repeatable_layers, repeated_layers
 from prefix_ds.model.standing import meta_stands_for
 from prefix_ds.plan.depth import IrregularError, Stack, laid_out, shortened
 from prefix_ds.plan.experts import balance_experts
@@ -229,7 +229,7 @@ LEAVES = {
 
 def _hooked(base: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """The modules that DeepSpeed looks at, by name, and whether one stands for all below it."""
-    layers = set(fetched_at_once(base))
+    layers = set(repeatable_layers(base))
 
     def below(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, bool]]:
         is_one = module in layers or f"{type(module).__module__}.{type(module).__name__}" in LEAVES

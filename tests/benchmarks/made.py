@@ -109,7 +109,7 @@ def engine_on(base, config, world, prefix):
     shards = sharded(in_shards(base, settings), settings)
     lm = PrefixLM(shards.module, recompute=config.model.recompute, device=world.device)
     table = random_table(lm.slots, prefix, 0.02, seed=0)
-    return PrefixEngine(lm, Direct(lm.slots, table), config.train, world, write=None)
+    return PrefixEngine(lm, shards, Direct(lm.slots, table), config.train, world, write=None)
 
 
 class Documents:

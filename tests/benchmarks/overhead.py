@@ -49,7 +49,7 @@ def main():
         shards = sharded(in_shards(new_model(), settings), settings)
         lm = PrefixLM(shards.module, device=world.device)
         table = random_table(lm.slots, PREFIX, 0.02, seed=0)
-        engine = PrefixEngine(lm, Direct(lm.slots, table), config.train, world, write=None)
+        engine = PrefixEngine(lm, shards, Direct(lm.slots, table), config.train, world, write=None)
         by_hand = Hand(plain, [[t.clone() for t in pair] for pair in keys_values_of(table, lm.slots)])
         report(pairs, lambda: engine.step(share, 1e-3).loss, lambda: by_hand.step(share.micro_batches[0]))
 
