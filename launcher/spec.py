@@ -51,7 +51,7 @@ def job_spec(
     """A checked job. Raises ConfigError for a run that would be refused, LaunchError for what is no job."""
     config = read_config(run_file, overrides)
     _refuse_secrets(config)
-    for option, value in (("--nodes", num_nodes), ("processes of a node", ranks_per_node)):
+    for option, value in (("--nodes", num_nodes), ("--ranks-per-node", ranks_per_node)):
         if value < 1:
             raise LaunchError(f"{option}: {value}: expected at least 1")
     if port is not None and not 1 <= port <= 65535:
@@ -63,6 +63,17 @@ def job_spec(
                 "the environment, where no process list shows it"
             )
     return JobSpec(run_file, tuple(overrides), config, num_nodes, ranks_per_node, tuple(variables), port)
+
+
+def ranks_of_node(gpus: int, ranks: int | None) -> int:
+    """One for each GPU, else those that were asked for, or one. Raises LaunchError if the two contradict."""
+    if ranks is None:
+        return max(gpus, 1)
+    if gpus > 0 and ranks != gpus:
+        raise LaunchError(
+            f"--ranks-per-node: {ranks}: a node's {gpus} GPUs have a rank each; on CPUs say --gpus-per-node 0"
+        )
+    return ranks
 
 
 def _refuse_secrets(config: RunConfig) -> None:

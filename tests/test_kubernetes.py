@@ -388,7 +388,6 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"restarts": -1}, "--restarts: -1"),
         ({"kind": "trainjob", "ttl_seconds": 5}, "--ttl-seconds: a TrainJob cannot be deleted by itself"),
         ({"gpus_per_node": -1}, "--gpus-per-node: -1"),
-        ({"gpus_per_node": 2}, "--gpus-per-node: 2"),
         ({"user_id": 0}, "--user-id: 0"),
         ({"env_secret": "a/b"}, "--env-secret: 'a/b'"),
         ({"mount": (Mount("A", "/a"),)}, "--mount: 'A'"),
@@ -504,6 +503,32 @@ def test_an_option_that_is_no_option_is_refused(app, run_file, word):
     ended = CliRunner().invoke(app, ["k8s", str(run_file), "--image", IMAGE, word])
     assert isinstance(ended.exception, LaunchError)
     assert str(ended.exception).startswith(word.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ranks-per-node=4"], "--ranks-per-node: 4: a node's 1 GPUs have a rank each; on CPUs say"),
+        (["--ranks-per-node=4", "--gpus-per-node=8"], "--ranks-per-node: 4: a node's 8 GPUs"),
+        (["--ranks-per-node=0"], "--ranks-per-node: 0: a node's 1 GPUs"),
+        (["--ranks-per-node=0", "--gpus-per-node=0"], "--ranks-per-node: 0: expected at least 1"),
+        (["--gpus-per-node=-1"], "--gpus-per-node: -1: expected at least 0"),
+    ],
+)
+def test_ranks_that_contradict_the_gpus_are_refused(app, run_file, words, said):
+    ended = CliRunner().invoke(app, ["k8s", str(run_file), "--image", IMAGE, *words])
+    assert isinstance(ended.exception, LaunchError)
+    assert str(ended.exception).startswith(said)
+    assert len(str(ended.exception).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"), [([], "1"), (["--ranks-per-node=4"], "4"), (["--ranks-per-node=1"], "1")]
+)
+def test_without_gpus_a_pod_has_the_ranks_that_were_asked_for(app, run_file, words, ranks):
+    words = ["k8s", str(run_file), "--image", IMAGE, "--gpus-per-node=0", "--dry-run", *words]
+    printed = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert the_pod(objects(printed))["containers"][0]["args"][3] == ranks
 
 
 def test_a_job_that_is_there_is_not_submitted_again(run_file, kubectl):

@@ -287,6 +287,19 @@ def test_gpus_without_a_number_of_ranks_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus-per-node=8", "--ranks-per-node=4"], "--ranks-per-node: 4: a node's 8 GPUs have"),
+        (["--ranks-per-node=0"], "--ranks-per-node: 0: expected at least 1"),
+    ],
+)
+def test_ranks_that_contradict_the_gpus_are_refused(tmp_path, words, said):
+    refused = CliRunner().invoke(app, ["slurm", str(run_file(tmp_path)), "--dry-run", *words])
+    assert isinstance(refused.exception, LaunchError)
+    assert str(refused.exception).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("time", "seconds"),
     [("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-3", 183600), ("1-0:1:2", 86462), ("infinite", None)],
 )

@@ -83,11 +83,11 @@ def slurm(
     from launcher.slurm.backend import gpus_here
     from launcher.slurm.options import Resources
     from launcher.slurm.script import plan
-    from launcher.spec import job_spec
+    from launcher.spec import job_spec, ranks_of_node
 
     _refuse_silent_gpus(sbatch or [], ranks_per_node or gpus_per_node)
     gpus_per_node = gpus_per_node or (gpus_here() if ranks_per_node is None else 0)
-    ranks, names = gpus_per_node or ranks_per_node or 1, env or []
+    ranks, names = ranks_of_node(gpus_per_node, ranks_per_node), env or []
     spec = job_spec(
         run_file, overrides or [], num_nodes=nodes, ranks_per_node=ranks, variables=names, port=port
     )
