@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.secrets import has_login, is_secret
 from prefix_ds.config import RunConfig, read_config
+from prefix_ds.config.secrets import has_login, is_secret
 from prefix_ds.errors import ConfigError, LaunchError
 
 DEFAULT_PORT = 29500

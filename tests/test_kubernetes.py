@@ -404,6 +404,8 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"annotation": (("a b", ""),)}, "--annotation: 'a b'"),
         ({"set_env": (("a-b", ""),)}, "--set-env: 'a-b': expected the name"),
         ({"set_env": (("HF_TOKEN", "x"),)}, "--set-env: HF_TOKEN: its value belongs into a Secret"),
+        ({"set_env": (("DB_PASS", "x"),)}, "--set-env: DB_PASS: its value belongs into a Secret"),
+        ({"set_env": (("URI", "postgresql://db/x?password=y"),)}, "--set-env: URI: its value belongs into"),
         ({"set_env": (("HTTPS_PROXY", "http://me:pw@x"),)}, "--set-env: HTTPS_PROXY: its value belongs into"),
     ],
 )

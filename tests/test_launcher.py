@@ -411,6 +411,15 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
             {},
             "mlflow.uri: has a user, a password or a token in",
         ),
+        *(
+            ([f"mlflow.uri={uri}"], {}, "mlflow.uri: has a user, a password or a token in it")
+            for uri in ("postgresql://db/x?user=u&password=pw", "http://h/?token=pw", "http://h/?Key=pw")
+        ),
+        *(
+            ([f"mlflow.tags={{{name}: a-secret}}"], {}, f"mlflow.tags: {name}: looks like a secret")
+            for name in ("DB_PWD", "credentials", "access_key", "accessKey", "DB_PASS", "ssh-key")
+        ),
+        (["mlflow.tags={source: 'a://h/x?a=b;pass=pw'}"], {}, "mlflow.tags: source: looks like a secret"),
         (["mlflow.tags={api_key: a-secret}"], {}, "mlflow.tags: api_key: looks like a secret"),
         (["mlflow.tags={OurToken: a-secret}"], {}, "mlflow.tags: OurToken: looks like a secret"),
         (["mlflow.tags={source: 'https://me:pw@host/x'}"], {}, "mlflow.tags: source: looks like a secret"),
@@ -431,7 +440,8 @@ def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, s
     [
         "mlflow.uri=sqlite:////runs/me@lab/mlflow.db",
         "mlflow.uri=https://host/at/@me",
-        "mlflow.tags={tokenizer: x, key: x, author: me@lab.example, tokens: '5'}",
+        "mlflow.tags={tokenizer: x, key: x, author: me@lab.example, tokens: '5', pass: '2', monkey: x}",
+        "mlflow.uri=postgresql://db/mlflow?sslmode=require&user=u&password=&tokens=5",
     ],
 )
 def test_what_is_no_secret_is_not_refused(run_file, word):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.kubernetes.names import check_name
-from launcher.secrets import has_login, is_secret
 from prefix_ds.errors import LaunchError
 
 KINDS = ("job", "jobset", "trainjob")
@@ -210,6 +209,8 @@ def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
 
 def _mistakes_of_variables(options: KubernetesOptions) -> Iterator[str]:
     """A manifest is read by many, and kept."""
+    from prefix_ds.config.secrets import has_login, is_secret
+
     for name, value in options.set_env:
         if not _VARIABLE.fullmatch(name):
             yield f"--set-env: {name!r}: expected the name of a variable"
