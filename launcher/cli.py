@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.hosts import MOST_SLOTS
 from launcher.kubernetes import cli as kubernetes_cli
 from launcher.slurm import cli as slurm_cli
 from prefix_ds.errors import EXIT_USER, PrefixError
@@ -62,7 +63,7 @@ def local(
     run_file: RunFile,
     overrides: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="ranks; left out: one for each GPU, or one")
+        int | None, typer.Option(min=1, max=MOST_SLOTS, help="ranks; left out: one for each GPU, or one")
     ] = None,
     port: Port = None,
     max_restarts: Restarts = 0,

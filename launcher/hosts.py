@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prefix_ds.errors import LaunchError
 
+MOST_SLOTS = 1024  # more ranks than any machine has devices
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)")
 
 
@@ -60,8 +61,10 @@ def hosts_of_list(text: str, slots: int) -> list[Host]:
 
 
 def _host(name: str, slots: int, source: str) -> Host:
-    if slots < 1:
-        raise LaunchError(f"{source}: {name}: 0 slots: expected at least 1, or leave the host out")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise LaunchError(
+            f"{source}: {name}: {slots} slots: expected 1 to {MOST_SLOTS}, or leave the host out"
+        )
     if name.startswith("-"):
         raise LaunchError(f"{source}: {name}: ssh would take it for an option")
     return Host(name, tuple(range(slots)))

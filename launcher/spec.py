@@ -34,6 +34,16 @@ class JobSpec:
         return self.config.mlflow.name or Path(self.config.run.folder).name
 
     @property
+    def logs(self) -> Path:
+        """The folder beside the run's for what the ranks say. Raises LaunchError."""
+        run = Path(self.config.run.folder)
+        if run.name in ("", ".."):
+            raise LaunchError(
+                f"run.folder: {self.config.run.folder}: expected a folder with a name, such as runs/NAME"
+            )
+        return run.with_name(run.name + "-logs")
+
+    @property
     def train_words(self) -> list[str]:
         """The arguments of prefix-ds on every rank."""
         return ["train", str(self.run_file), *self.overrides]

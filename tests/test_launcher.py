@@ -54,7 +54,8 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     ("text", "said"),
     [
         ("a slots=2\na slots=2\n", "a: is there twice"),
-        ("a slots=0\n", r"hosts:1: a: 0 slots: expected at least 1"),
+        ("a slots=0\n", r"hosts:1: a: 0 slots: expected 1 to 1024, or leave the host out"),
+        ("a slots=99999999999\n", r"hosts:1: a: 99999999999 slots: expected 1 to 1024"),
         ("a slots=2\nb\n", r"hosts:2: 'b': expected NAME slots=NUMBER"),
         ("# none\n", "names no host"),
         ("-oProxyCommand=x slots=1\n", "ssh would take it for an option"),
@@ -446,6 +447,12 @@ def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, s
 )
 def test_what_is_no_secret_is_not_refused(run_file, word):
     job_spec(run_file, [word])
+
+
+@pytest.mark.parametrize("folder", [".", "/", "", "runs/.."])
+def test_a_run_folder_without_a_name_is_refused(run_file, folder):
+    with pytest.raises(LaunchError, match=r"^run\.folder: .*: expected a folder with a name"):
+        local_plan(job_spec(run_file, [f"run.folder={folder}"]))
 
 
 def test_too_few_hosts_for_the_fewest(run_file):

@@ -111,10 +111,10 @@ def _options(spec: "JobSpec", logs: Path | None, python: str | None, **others: A
     from launcher.slurm.backend import in_allocation
     from launcher.slurm.options import SlurmOptions
 
-    here, run = Path.cwd(), Path(spec.config.run.folder)
+    here = Path.cwd()
     return SlurmOptions(
         folder=here,
-        logs=here / (logs or run.with_name(run.name + "-logs")),
+        logs=here / (logs or spec.logs),
         python=python or sys.executable,
         allocated=in_allocation(),
         **others,
