@@ -40,7 +40,7 @@ Restarts = Annotated[
         help="how often to start again after a rank, a host or the network died; never after codes 1 and 2",
     ),
 ]
-Grace = Annotated[float, typer.Option(help="for a checkpoint, when the job is stopped")]
+Grace = Annotated[float, typer.Option(min=0, help="for a checkpoint, when the job is stopped")]
 Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; left out: a free one")]
 Hostfile = Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")]
 HostNames = Annotated[str | None, typer.Option(help="a,b or a:4,b:4")]

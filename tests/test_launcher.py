@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from launcher import conductor, here, ordered, survey
 from launcher import ranks as ranks_module
 from launcher.attempt import Attempt
+from launcher.cli import app
 from launcher.command import Team, rank_command, rank_environment, teams
 from launcher.conductor import check_alike
 from launcher.ends import End, culprit
@@ -394,6 +396,14 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(run_file):
     )
     assert "ranks: 0 to 2" in done.stdout
     assert sorted(path.name for path in run_file.parent.iterdir()) == ["run.yaml"]
+
+
+@pytest.mark.parametrize("seconds", ["-5", "nan"])
+def test_a_grace_that_is_no_time_is_refused(run_file, seconds):
+    words = ["local", str(run_file), "--processes=1", f"--grace-seconds={seconds}", "--dry-run"]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code != 0
+    assert "--grace-seconds" in ended.output + str(ended.exception)
 
 
 def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
