@@ -45,8 +45,8 @@ Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to 
 Hostfile = Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")]
 HostNames = Annotated[str | None, typer.Option(help="a,b or a:4,b:4")]
 Slots = Annotated[int, typer.Option(help="ranks of a host of --hosts that says no number")]
-Include = Annotated[str | None, typer.Option(help="hosts and devices to use: a@b:0,2")]
-Exclude = Annotated[str | None, typer.Option(help="hosts and devices to leave out")]
+Include = Annotated[str | None, typer.Option(help="hosts, without USER@, and devices to use: a@b:0,2")]
+Exclude = Annotated[str | None, typer.Option(help="hosts and devices to leave out, written alike")]
 SshCommand = Annotated[str, typer.Option("--ssh", help="ssh, with options")]
 PythonPath = Annotated[str | None, typer.Option(help="on every host; left out: the path of this one")]
 Master = Annotated[

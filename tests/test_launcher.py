@@ -83,9 +83,23 @@ def test_filters_are_deepspeeds():
         ({"include": "a:7"}, "a has 4 slots"),
         ({"include": "a", "exclude": "b"}, "give one of them"),
         ({"exclude": "a@b@c"}, "names no host"),
+        ({"include": "a:0@a:1"}, "names a host twice"),
+        ({"exclude": "a:0@b@a"}, "names a host twice"),
     ):
         with pytest.raises(LaunchError, match=said):
             left(**words)
+
+
+def test_a_filter_names_a_host_without_its_user():
+    assert chosen_hosts(None, "me@a:2,me@b:2", 1, "b:1", None) == [Host("me@b", (1,))]
+    with pytest.raises(LaunchError, match="--include: me: is none of a, b"):
+        chosen_hosts(None, "me@a:2,me@b:2", 1, "me@a", None)
+
+
+@pytest.mark.parametrize("names", [":4", "a,:2", "a b", "a :2", "a\tb:1"])
+def test_a_host_without_a_name_is_refused(names):
+    with pytest.raises(LaunchError, match=r"^--hosts: '.*': expected the name of a host$"):
+        hosts_of_list(names, 1)
 
 
 def test_filters_agree_with_deepspeeds_own(tmp_path):
