@@ -100,7 +100,7 @@ def slurm(
 def _refuse_silent_gpus(words: list[str], num_ranks: int) -> None:
     """Raises LaunchError where a node has GPUs and nobody says how many ranks are to use them."""
     for word in words:
-        if not num_ranks and word.startswith(("--gres=gpu", "--gpus", "-G")):
+        if not num_ranks and word.startswith(("--gres=gpu", "--gpus")):
             raise LaunchError(
                 f"--sbatch={word}: how many ranks a node? Say --ranks-per-node (one for each GPU)"
             )
