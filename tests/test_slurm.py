@@ -305,10 +305,15 @@ def test_ranks_that_contradict_the_gpus_are_refused(tmp_path, words, said):
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
-    [("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-3", 183600), ("1-0:1:2", 86462), ("infinite", None)],
+    [
+        *[("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-3", 183600), ("1-0:1:2", 86462)],
+        *[("infinite", None), ("0", None), ("0:00", None)],
+    ],
 )
 def test_time_is_read_as_slurm_reads_it(time, seconds):
     assert seconds_of(time) == seconds
+    options = replace(HERE, ask=Resources(time), signal_seconds=9)
+    assert f"#SBATCH --time={time}\n" in plan(SPEC, options).text()
 
 
 @pytest.mark.parametrize(

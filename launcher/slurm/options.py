@@ -84,7 +84,7 @@ def _long(word: str) -> str:
 
 
 def seconds_of(time: str) -> int | None:
-    """A time limit as Slurm reads it; None: it has no end. Raises LaunchError."""
+    """A time limit as Slurm reads it, 0 too; None: it has no end. Raises LaunchError."""
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return None
     found = _TIME.fullmatch(time)
@@ -92,4 +92,4 @@ def seconds_of(time: str) -> int | None:
         raise LaunchError(
             f"--time: {time}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
         )
-    return sum(_SECONDS[unit] * int(number) for unit, number in found.groupdict().items() if number)
+    return sum(_SECONDS[unit] * int(number) for unit, number in found.groupdict().items() if number) or None
