@@ -72,7 +72,8 @@ def job_spec(
                 f"--env: {name.partition('=')[0]}: expected the name of a variable; its value is taken from "
                 "the environment, where no process list shows it"
             )
-    return JobSpec(run_file, tuple(overrides), config, num_nodes, ranks_per_node, tuple(variables), port)
+    names = tuple(dict.fromkeys(variables))
+    return JobSpec(run_file, tuple(overrides), config, num_nodes, ranks_per_node, names, port)
 
 
 def ranks_of_node(gpus: int, ranks: int | None) -> int:

@@ -401,6 +401,18 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"resource": (("rdma/hca", "some"),)}, "--resource: 'some'"),
         ({"resource": (("rdma hca", "1"),)}, "--resource: 'rdma hca'"),
         ({"resource": (("nvidia.com/gpu", "1"),)}, "--resource: nvidia.com/gpu: is asked for already"),
+        ({"resource": (("rdma/hca", "1.5"),)}, "--resource: rdma/hca=1.5: expected a whole number"),
+        ({"resource": (("rdma/hca", "1500m"),)}, "--resource: rdma/hca=1500m: expected a whole number"),
+        ({"resource": (("foo", "1"),)}, "--resource: 'foo': expected DOMAIN/NAME, such as rdma/hca"),
+        ({"gpu_resource": "gpu"}, "--gpu-resource: 'gpu': expected DOMAIN/NAME"),
+        ({"user_id": 2**31}, "--user-id: 2147483648: expected at most 2147483647"),
+        ({"set_env": (("A", "1"), ("A", "2"))}, "--set-env: A: is given twice"),
+        ({"node_selector": (("a", "1"), ("a", "2"))}, "--node-selector: a: is given twice"),
+        ({"annotation": (("a", "1"), ("a", "2"))}, "--annotation: a: is given twice"),
+        *(
+            ({"mount": (Mount("a", path),)}, f"^{path.rstrip('/') or '/'}: a volume there would hide")
+            for path in ("/", "//", "/etc", "/usr/", "/usr/local/lib/x", "/dev/x", "/a/../sys", "/src")
+        ),
         ({"annotation": (("a b", ""),)}, "--annotation: 'a b'"),
         ({"set_env": (("a-b", ""),)}, "--set-env: 'a-b': expected the name"),
         ({"set_env": (("HF_TOKEN", "x"),)}, "--set-env: HF_TOKEN: its value belongs into a Secret"),
@@ -421,7 +433,7 @@ def test_all_mistakes_are_told_at_once(run_file):
     assert len(str(refused.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize("folder", ["/x", "../x", "/", "runs/../../x"])
+@pytest.mark.parametrize("folder", ["/x", "../x", "/", "runs/../../x", "/etc/x", "/usr/local/runs/x"])
 def test_a_run_folder_that_no_volume_can_hold_is_refused(run_file, folder):
     with pytest.raises(LaunchError, match="run"):
         plan(job_spec(run_file, [f"run.folder={folder}"]), options(name="x"))
@@ -436,6 +448,16 @@ def test_a_variable_has_one_value(run_file):
     spec = job_spec(run_file, variables=["HF_HOME"])
     with pytest.raises(LaunchError, match="--env: HF_HOME: is set already"):
         plan(spec, options(env_secret="hub"))
+
+
+def test_a_variable_that_is_named_twice_is_given_once(run_file):
+    manifests = planned(job_spec(run_file, variables=["A", "B", "A"]), env_secret="hub")
+    assert [each["key"] for each in found(manifests, "secretKeyRef")] == ["A", "B"]
+
+
+def test_huge_pages_are_an_amount_of_memory(run_file):
+    resources = the_pod(planned(job_spec(run_file), resource=(("hugepages-2Mi", "1.5Gi"),)))["containers"][0]
+    assert resources["resources"]["limits"]["hugepages-2Mi"] == "1.5Gi"
 
 
 def test_values_of_variables_need_a_secret(run_file):
