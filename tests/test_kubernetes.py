@@ -529,6 +529,15 @@ def test_an_option_that_is_no_option_is_refused(app, run_file, word):
     assert str(ended.exception).startswith(word.partition("=")[0])
 
 
+@pytest.mark.parametrize(("words", "said"), [([], 1), (["--runs-claim=runs"], 0)])
+def test_a_run_folder_that_is_lost_with_its_pod_is_told_of(app, run_file, words, said):
+    words = ["k8s", str(run_file), "--image", IMAGE, "--dry-run", *words]
+    printed = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert printed.stderr.count("no --runs-claim: the run folder and its checkpoints are lost") == said
+    assert len(printed.stderr.splitlines()) == said
+    check_objects(objects(printed.stdout))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -49,6 +49,8 @@ def k8s(
         port=port,
     )
     job = plan(spec, _options(cluster))
+    if cluster["runs_claim"] is None:
+        typer.echo("no --runs-claim: the run folder and its checkpoints are lost with the pod", err=True)
     typer.echo(job.text() if dry_run else submit(job), nl=False)
 
 
