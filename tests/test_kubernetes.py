@@ -385,6 +385,8 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"memory": "0Gi"}, "--memory: '0Gi'"),
         ({"cpu": "-1"}, "--cpu: '-1'"),
         ({"shm": "2GB"}, "--shm: '2GB'"),
+        ({"memory": "1Gi"}, "--shm: 2Gi: expected at most --memory, 1Gi, a part of which it is"),
+        ({"memory": "1.5G", "shm": "1536Mi"}, "--shm: 1536Mi: expected at most --memory, 1.5G, a part"),
         ({"restarts": -1}, "--restarts: -1"),
         ({"kind": "trainjob", "ttl_seconds": 5}, "--ttl-seconds: a TrainJob cannot be deleted by itself"),
         ({"gpus_per_node": -1}, "--gpus-per-node: -1"),
@@ -453,6 +455,10 @@ def test_a_variable_has_one_value(run_file):
 def test_a_variable_that_is_named_twice_is_given_once(run_file):
     manifests = planned(job_spec(run_file, variables=["A", "B", "A"]), env_secret="hub")
     assert [each["key"] for each in found(manifests, "secretKeyRef")] == ["A", "B"]
+
+
+def test_all_of_a_pods_memory_may_be_shared(run_file):
+    plan(job_spec(run_file), options(memory="1.5Gi", shm="1536Mi"))
 
 
 def test_huge_pages_are_an_amount_of_memory(run_file):

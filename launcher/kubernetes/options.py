@@ -13,7 +13,9 @@ from prefix_ds.errors import LaunchError
 
 KINDS = ("job", "jobset", "trainjob")
 
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_QUANTITY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<unit>m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_UNITS = {None: 1.0, "m": 1e-3, "k": 1e3} | {unit: 1000.0**n for n, unit in enumerate("MGTPE", 2)}
+_UNITS |= {f"{unit}i": 1024.0**n for n, unit in enumerate("KMGTPE", 1)}
 _MOST = 2**31 - 1  # of a user, and of what Kubernetes counts
 _LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
@@ -160,6 +162,14 @@ def _mistakes_of_text(options: KubernetesOptions) -> Iterator[str]:
     for option, quantity in asked:
         if not _QUANTITY.fullmatch(quantity) or not quantity.strip("0.mkMGTPEi"):
             yield f"{option}: {quantity!r}: expected an amount such as 4, 500m or 16Gi"
+    if _amount(options.shm) > _amount(options.memory) > 0:
+        yield f"--shm: {options.shm}: expected at most --memory, {options.memory}, a part of which it is"
+
+
+def _amount(quantity: str) -> float:
+    """0 for what is none."""
+    found = _QUANTITY.fullmatch(quantity)
+    return float(found["number"]) * _UNITS[found["unit"]] if found else 0.0
 
 
 def _mistakes_of_names(options: KubernetesOptions) -> Iterator[str]:
