@@ -3,7 +3,6 @@
 The same agent runs on both; only the command that starts it differs. Knows nothing of how a job runs.
 """
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -49,8 +48,6 @@ def _plan(spec: JobSpec, members: Sequence[Member], how: dict[str, Any]) -> Crew
     fewest = how.get("min_nodes")
     if fewest is not None and not 1 <= fewest <= len(members):
         raise LaunchError(f"--min-nodes: {fewest}: expected 1 to {len(members)}")
-    if math.isnan(how.get("grace_seconds", 0)):  # neither above nor below anything
-        raise LaunchError("--grace-seconds: nan: expected at least 0")
     return CrewPlan(
         tuple(members),
         tuple(spec.train_words),
