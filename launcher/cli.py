@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.hosts import MOST_SLOTS
 from launcher.kubernetes import cli as kubernetes_cli
 from launcher.slurm import cli as slurm_cli
 from prefix_ds.errors import EXIT_USER, PrefixError
@@ -39,13 +40,13 @@ Restarts = Annotated[
         help="how often to start again after a rank, a host or the network died; never after codes 1 and 2",
     ),
 ]
-Grace = Annotated[float, typer.Option(help="for a checkpoint, when the job is stopped")]
+Grace = Annotated[float, typer.Option(min=0, help="for a checkpoint, when the job is stopped")]
 Port = Annotated[int | None, typer.Option(help="of the first host, for ranks to meet; left out: a free one")]
 Hostfile = Annotated[Path | None, typer.Option(help="hosts, as DeepSpeed reads them")]
 HostNames = Annotated[str | None, typer.Option(help="a,b or a:4,b:4")]
 Slots = Annotated[int, typer.Option(help="ranks of a host of --hosts that says no number")]
-Include = Annotated[str | None, typer.Option(help="hosts and devices to use: a@b:0,2")]
-Exclude = Annotated[str | None, typer.Option(help="hosts and devices to leave out")]
+Include = Annotated[str | None, typer.Option(help="hosts, without USER@, and devices to use: a@b:0,2")]
+Exclude = Annotated[str | None, typer.Option(help="hosts and devices to leave out, written alike")]
 SshCommand = Annotated[str, typer.Option("--ssh", help="ssh, with options")]
 PythonPath = Annotated[str | None, typer.Option(help="on every host; left out: the path of this one")]
 Master = Annotated[
@@ -62,7 +63,7 @@ def local(
     run_file: RunFile,
     overrides: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="ranks; left out: one for each GPU, or one")
+        int | None, typer.Option(min=1, max=MOST_SLOTS, help="ranks; left out: one for each GPU, or one")
     ] = None,
     port: Port = None,
     max_restarts: Restarts = 0,

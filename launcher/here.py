@@ -48,13 +48,12 @@ def _plan(spec: JobSpec, members: Sequence[Member], how: dict[str, Any]) -> Crew
     fewest = how.get("min_nodes")
     if fewest is not None and not 1 <= fewest <= len(members):
         raise LaunchError(f"--min-nodes: {fewest}: expected 1 to {len(members)}")
-    run = Path(spec.config.run.folder)
     return CrewPlan(
         tuple(members),
         tuple(spec.train_words),
         folder=Path.cwd(),
         run_file=spec.run_file,
-        logs=run.with_name(run.name + "-logs"),
+        logs=spec.logs,
         variables=spec.variables,
         port=spec.port,
         **how,

@@ -4,7 +4,8 @@
     worker-1 slots=4
 
 Filters are DeepSpeed's too: `worker-0@worker-1:0,2` includes (or excludes) whole hosts, or some of their
-devices.
+devices. `@` stands between hosts there, so one that is reached as `USER@worker-0` is `worker-0`.
+
 Knows nothing of how a host is reached.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from prefix_ds.errors import LaunchError
 
+MOST_SLOTS = 1024  # more ranks than any machine has devices
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)")
 
 
@@ -60,8 +62,12 @@ def hosts_of_list(text: str, slots: int) -> list[Host]:
 
 
 def _host(name: str, slots: int, source: str) -> Host:
-    if slots < 1:
-        raise LaunchError(f"{source}: {name}: 0 slots: expected at least 1, or leave the host out")
+    if name.split() != [name]:
+        raise LaunchError(f"{source}: {name!r}: expected the name of a host")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise LaunchError(
+            f"{source}: {name}: {slots} slots: expected 1 to {MOST_SLOTS}, or leave the host out"
+        )
     if name.startswith("-"):
         raise LaunchError(f"{source}: {name}: ssh would take it for an option")
     return Host(name, tuple(range(slots)))
@@ -84,16 +90,20 @@ def filtered(hosts: Sequence[Host], include: str | None, exclude: str | None) ->
     if not include and not exclude:
         return list(hosts)
     option, text = ("--include", include) if include else ("--exclude", exclude)
-    named = dict(_filter(word, hosts, option) for word in str(text).split("@"))
+    words = str(text).split("@")
+    named = dict(_filter(word, hosts, option) for word in words)
+    if len(named) < len(words):
+        raise LaunchError(f"{option}: {text}: names a host twice; say its devices in one place: NAME:0,1,2")
     left = [_left(host, named.get(host.name, ()), bool(include)) for host in hosts]
     return _checked([host for host in left if host.devices], option)
 
 
 def _filter(word: str, hosts: Sequence[Host], option: str) -> tuple[str, tuple[int, ...]]:
     name, _, numbers = word.partition(":")
-    host = next((host for host in hosts if host.name == name), None)
+    without_user = {host.name.rpartition("@")[2]: host for host in hosts}
+    host = without_user.get(name)
     if host is None:
-        raise LaunchError(f"{option}: {name}: is none of {', '.join(host.name for host in hosts)}")
+        raise LaunchError(f"{option}: {name}: is none of {', '.join(without_user)}")
     try:
         devices = tuple(int(number) for number in numbers.split(",")) if numbers else host.devices
     except ValueError:
@@ -101,7 +111,7 @@ def _filter(word: str, hosts: Sequence[Host], option: str) -> tuple[str, tuple[i
     for device in devices:
         if device not in host.devices:
             raise LaunchError(f"{option}: {word}: {name} has {len(host.devices)} slots, from 0")
-    return name, devices
+    return host.name, devices
 
 
 def _left(host: Host, named: tuple[int, ...], is_included: bool) -> Host:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.secrets import has_login, is_secret
 from prefix_ds.config import RunConfig, read_config
+from prefix_ds.config.secrets import has_login, is_secret
 from prefix_ds.errors import ConfigError, LaunchError
 
 DEFAULT_PORT = 29500
@@ -34,6 +34,16 @@ class JobSpec:
         return self.config.mlflow.name or Path(self.config.run.folder).name
 
     @property
+    def logs(self) -> Path:
+        """The folder beside the run's for what the ranks say. Raises LaunchError."""
+        run = Path(self.config.run.folder)
+        if run.name in ("", ".."):
+            raise LaunchError(
+                f"run.folder: {self.config.run.folder}: expected a folder with a name, such as runs/NAME"
+            )
+        return run.with_name(run.name + "-logs")
+
+    @property
     def train_words(self) -> list[str]:
         """The arguments of prefix-ds on every rank."""
         return ["train", str(self.run_file), *self.overrides]
@@ -51,7 +61,7 @@ def job_spec(
     """A checked job. Raises ConfigError for a run that would be refused, LaunchError for what is no job."""
     config = read_config(run_file, overrides)
     _refuse_secrets(config)
-    for option, value in (("--nodes", num_nodes), ("processes of a node", ranks_per_node)):
+    for option, value in (("--nodes", num_nodes), ("--ranks-per-node", ranks_per_node)):
         if value < 1:
             raise LaunchError(f"{option}: {value}: expected at least 1")
     if port is not None and not 1 <= port <= 65535:
@@ -62,7 +72,19 @@ def job_spec(
                 f"--env: {name.partition('=')[0]}: expected the name of a variable; its value is taken from "
                 "the environment, where no process list shows it"
             )
-    return JobSpec(run_file, tuple(overrides), config, num_nodes, ranks_per_node, tuple(variables), port)
+    names = tuple(dict.fromkeys(variables))
+    return JobSpec(run_file, tuple(overrides), config, num_nodes, ranks_per_node, names, port)
+
+
+def ranks_of_node(gpus: int, ranks: int | None) -> int:
+    """One for each GPU, else those that were asked for, or one. Raises LaunchError if the two contradict."""
+    if ranks is None:
+        return max(gpus, 1)
+    if gpus > 0 and ranks != gpus:
+        raise LaunchError(
+            f"--ranks-per-node: {ranks}: a node's {gpus} GPUs have a rank each; on CPUs say --gpus-per-node 0"
+        )
+    return ranks
 
 
 def _refuse_secrets(config: RunConfig) -> None:

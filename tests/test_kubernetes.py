@@ -385,10 +385,11 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"memory": "0Gi"}, "--memory: '0Gi'"),
         ({"cpu": "-1"}, "--cpu: '-1'"),
         ({"shm": "2GB"}, "--shm: '2GB'"),
+        ({"memory": "1Gi"}, "--shm: 2Gi: expected at most --memory, 1Gi, a part of which it is"),
+        ({"memory": "1.5G", "shm": "1536Mi"}, "--shm: 1536Mi: expected at most --memory, 1.5G, a part"),
         ({"restarts": -1}, "--restarts: -1"),
         ({"kind": "trainjob", "ttl_seconds": 5}, "--ttl-seconds: a TrainJob cannot be deleted by itself"),
         ({"gpus_per_node": -1}, "--gpus-per-node: -1"),
-        ({"gpus_per_node": 2}, "--gpus-per-node: 2"),
         ({"user_id": 0}, "--user-id: 0"),
         ({"env_secret": "a/b"}, "--env-secret: 'a/b'"),
         ({"mount": (Mount("A", "/a"),)}, "--mount: 'A'"),
@@ -402,9 +403,23 @@ def test_the_longest_name_counts_what_the_pods_add(run_file):
         ({"resource": (("rdma/hca", "some"),)}, "--resource: 'some'"),
         ({"resource": (("rdma hca", "1"),)}, "--resource: 'rdma hca'"),
         ({"resource": (("nvidia.com/gpu", "1"),)}, "--resource: nvidia.com/gpu: is asked for already"),
+        ({"resource": (("rdma/hca", "1.5"),)}, "--resource: rdma/hca=1.5: expected a whole number"),
+        ({"resource": (("rdma/hca", "1500m"),)}, "--resource: rdma/hca=1500m: expected a whole number"),
+        ({"resource": (("foo", "1"),)}, "--resource: 'foo': expected DOMAIN/NAME, such as rdma/hca"),
+        ({"gpu_resource": "gpu"}, "--gpu-resource: 'gpu': expected DOMAIN/NAME"),
+        ({"user_id": 2**31}, "--user-id: 2147483648: expected at most 2147483647"),
+        ({"set_env": (("A", "1"), ("A", "2"))}, "--set-env: A: is given twice"),
+        ({"node_selector": (("a", "1"), ("a", "2"))}, "--node-selector: a: is given twice"),
+        ({"annotation": (("a", "1"), ("a", "2"))}, "--annotation: a: is given twice"),
+        *(
+            ({"mount": (Mount("a", path),)}, f"^{path.rstrip('/') or '/'}: a volume there would hide")
+            for path in ("/", "//", "/etc", "/usr/", "/usr/local/lib/x", "/dev/x", "/a/../sys", "/src")
+        ),
         ({"annotation": (("a b", ""),)}, "--annotation: 'a b'"),
         ({"set_env": (("a-b", ""),)}, "--set-env: 'a-b': expected the name"),
         ({"set_env": (("HF_TOKEN", "x"),)}, "--set-env: HF_TOKEN: its value belongs into a Secret"),
+        ({"set_env": (("DB_PASS", "x"),)}, "--set-env: DB_PASS: its value belongs into a Secret"),
+        ({"set_env": (("URI", "postgresql://db/x?password=y"),)}, "--set-env: URI: its value belongs into"),
         ({"set_env": (("HTTPS_PROXY", "http://me:pw@x"),)}, "--set-env: HTTPS_PROXY: its value belongs into"),
     ],
 )
@@ -420,7 +435,7 @@ def test_all_mistakes_are_told_at_once(run_file):
     assert len(str(refused.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize("folder", ["/x", "../x", "/", "runs/../../x"])
+@pytest.mark.parametrize("folder", ["/x", "../x", "/", "runs/../../x", "/etc/x", "/usr/local/runs/x"])
 def test_a_run_folder_that_no_volume_can_hold_is_refused(run_file, folder):
     with pytest.raises(LaunchError, match="run"):
         plan(job_spec(run_file, [f"run.folder={folder}"]), options(name="x"))
@@ -435,6 +450,20 @@ def test_a_variable_has_one_value(run_file):
     spec = job_spec(run_file, variables=["HF_HOME"])
     with pytest.raises(LaunchError, match="--env: HF_HOME: is set already"):
         plan(spec, options(env_secret="hub"))
+
+
+def test_a_variable_that_is_named_twice_is_given_once(run_file):
+    manifests = planned(job_spec(run_file, variables=["A", "B", "A"]), env_secret="hub")
+    assert [each["key"] for each in found(manifests, "secretKeyRef")] == ["A", "B"]
+
+
+def test_all_of_a_pods_memory_may_be_shared(run_file):
+    plan(job_spec(run_file), options(memory="1.5Gi", shm="1536Mi"))
+
+
+def test_huge_pages_are_an_amount_of_memory(run_file):
+    resources = the_pod(planned(job_spec(run_file), resource=(("hugepages-2Mi", "1.5Gi"),)))["containers"][0]
+    assert resources["resources"]["limits"]["hugepages-2Mi"] == "1.5Gi"
 
 
 def test_values_of_variables_need_a_secret(run_file):
@@ -504,6 +533,41 @@ def test_an_option_that_is_no_option_is_refused(app, run_file, word):
     ended = CliRunner().invoke(app, ["k8s", str(run_file), "--image", IMAGE, word])
     assert isinstance(ended.exception, LaunchError)
     assert str(ended.exception).startswith(word.partition("=")[0])
+
+
+@pytest.mark.parametrize(("words", "said"), [([], 1), (["--runs-claim=runs"], 0)])
+def test_a_run_folder_that_is_lost_with_its_pod_is_told_of(app, run_file, words, said):
+    words = ["k8s", str(run_file), "--image", IMAGE, "--dry-run", *words]
+    printed = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert printed.stderr.count("no --runs-claim: the run folder and its checkpoints are lost") == said
+    assert len(printed.stderr.splitlines()) == said
+    check_objects(objects(printed.stdout))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ranks-per-node=4"], "--ranks-per-node: 4: a node's 1 GPUs have a rank each; on CPUs say"),
+        (["--ranks-per-node=4", "--gpus-per-node=8"], "--ranks-per-node: 4: a node's 8 GPUs"),
+        (["--ranks-per-node=0"], "--ranks-per-node: 0: a node's 1 GPUs"),
+        (["--ranks-per-node=0", "--gpus-per-node=0"], "--ranks-per-node: 0: expected at least 1"),
+        (["--gpus-per-node=-1"], "--gpus-per-node: -1: expected at least 0"),
+    ],
+)
+def test_ranks_that_contradict_the_gpus_are_refused(app, run_file, words, said):
+    ended = CliRunner().invoke(app, ["k8s", str(run_file), "--image", IMAGE, *words])
+    assert isinstance(ended.exception, LaunchError)
+    assert str(ended.exception).startswith(said)
+    assert len(str(ended.exception).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"), [([], "1"), (["--ranks-per-node=4"], "4"), (["--ranks-per-node=1"], "1")]
+)
+def test_without_gpus_a_pod_has_the_ranks_that_were_asked_for(app, run_file, words, ranks):
+    words = ["k8s", str(run_file), "--image", IMAGE, "--gpus-per-node=0", "--dry-run", *words]
+    printed = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert the_pod(objects(printed))["containers"][0]["args"][3] == ranks
 
 
 def test_a_job_that_is_there_is_not_submitted_again(run_file, kubectl):

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from launcher import conductor, here, ordered, survey
 from launcher import ranks as ranks_module
 from launcher.attempt import Attempt
+from launcher.cli import app
 from launcher.command import Team, rank_command, rank_environment, teams
 from launcher.conductor import check_alike
 from launcher.ends import End, culprit
@@ -54,7 +56,8 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     ("text", "said"),
     [
         ("a slots=2\na slots=2\n", "a: is there twice"),
-        ("a slots=0\n", r"hosts:1: a: 0 slots: expected at least 1"),
+        ("a slots=0\n", r"hosts:1: a: 0 slots: expected 1 to 1024, or leave the host out"),
+        ("a slots=99999999999\n", r"hosts:1: a: 99999999999 slots: expected 1 to 1024"),
         ("a slots=2\nb\n", r"hosts:2: 'b': expected NAME slots=NUMBER"),
         ("# none\n", "names no host"),
         ("-oProxyCommand=x slots=1\n", "ssh would take it for an option"),
@@ -80,9 +83,23 @@ def test_filters_are_deepspeeds():
         ({"include": "a:7"}, "a has 4 slots"),
         ({"include": "a", "exclude": "b"}, "give one of them"),
         ({"exclude": "a@b@c"}, "names no host"),
+        ({"include": "a:0@a:1"}, "names a host twice"),
+        ({"exclude": "a:0@b@a"}, "names a host twice"),
     ):
         with pytest.raises(LaunchError, match=said):
             left(**words)
+
+
+def test_a_filter_names_a_host_without_its_user():
+    assert chosen_hosts(None, "me@a:2,me@b:2", 1, "b:1", None) == [Host("me@b", (1,))]
+    with pytest.raises(LaunchError, match="--include: me: is none of a, b"):
+        chosen_hosts(None, "me@a:2,me@b:2", 1, "me@a", None)
+
+
+@pytest.mark.parametrize("names", [":4", "a,:2", "a b", "a :2", "a\tb:1"])
+def test_a_host_without_a_name_is_refused(names):
+    with pytest.raises(LaunchError, match=r"^--hosts: '.*': expected the name of a host$"):
+        hosts_of_list(names, 1)
 
 
 def test_filters_agree_with_deepspeeds_own(tmp_path):
@@ -395,6 +412,14 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(run_file):
     assert sorted(path.name for path in run_file.parent.iterdir()) == ["run.yaml"]
 
 
+@pytest.mark.parametrize("seconds", ["-5", "nan"])
+def test_a_grace_that_is_no_time_is_refused(run_file, seconds):
+    words = ["local", str(run_file), "--processes=1", f"--grace-seconds={seconds}", "--dry-run"]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code != 0
+    assert "--grace-seconds" in ended.output + str(ended.exception)
+
+
 def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     spec = job_spec(run_file, variables=["HF_TOKEN"])
@@ -411,6 +436,15 @@ def test_values_of_variables_are_in_no_plan(run_file, monkeypatch):
             {},
             "mlflow.uri: has a user, a password or a token in",
         ),
+        *(
+            ([f"mlflow.uri={uri}"], {}, "mlflow.uri: has a user, a password or a token in it")
+            for uri in ("postgresql://db/x?user=u&password=pw", "http://h/?token=pw", "http://h/?Key=pw")
+        ),
+        *(
+            ([f"mlflow.tags={{{name}: a-secret}}"], {}, f"mlflow.tags: {name}: looks like a secret")
+            for name in ("DB_PWD", "credentials", "access_key", "accessKey", "DB_PASS", "ssh-key")
+        ),
+        (["mlflow.tags={source: 'a://h/x?a=b;pass=pw'}"], {}, "mlflow.tags: source: looks like a secret"),
         (["mlflow.tags={api_key: a-secret}"], {}, "mlflow.tags: api_key: looks like a secret"),
         (["mlflow.tags={OurToken: a-secret}"], {}, "mlflow.tags: OurToken: looks like a secret"),
         (["mlflow.tags={source: 'https://me:pw@host/x'}"], {}, "mlflow.tags: source: looks like a secret"),
@@ -431,11 +465,18 @@ def test_a_bad_job_is_refused_before_anything_starts(run_file, words, options, s
     [
         "mlflow.uri=sqlite:////runs/me@lab/mlflow.db",
         "mlflow.uri=https://host/at/@me",
-        "mlflow.tags={tokenizer: x, key: x, author: me@lab.example, tokens: '5'}",
+        "mlflow.tags={tokenizer: x, key: x, author: me@lab.example, tokens: '5', pass: '2', monkey: x}",
+        "mlflow.uri=postgresql://db/mlflow?sslmode=require&user=u&password=&tokens=5",
     ],
 )
 def test_what_is_no_secret_is_not_refused(run_file, word):
     job_spec(run_file, [word])
+
+
+@pytest.mark.parametrize("folder", [".", "/", "", "runs/.."])
+def test_a_run_folder_without_a_name_is_refused(run_file, folder):
+    with pytest.raises(LaunchError, match=r"^run\.folder: .*: expected a folder with a name"):
+        local_plan(job_spec(run_file, [f"run.folder={folder}"]))
 
 
 def test_too_few_hosts_for_the_fewest(run_file):

@@ -261,6 +261,10 @@ def test_a_folder_that_is_gone_ends_the_job(bench):
         ({"logs": Path("/a\n#SBATCH --wrap=id")}, r"--output: /a\n#SBATCH --wrap=id/%j.log: cannot stand"),
         ({"logs": Path("/a\\b")}, "--logs: /a\\b: Slurm cannot write"),
         ({"sbatch": ("gpu",)}, "--sbatch: gpu: expected an option"),
+        ({"sbatch": ("-pgpu",)}, "--sbatch: -pgpu: expected --partition=gpu: a variable such as SBATCH_PAR"),
+        ({"sbatch": ("-G 4",)}, "--sbatch: -G 4: expected --gpus=4: a variable"),
+        ({"sbatch": ("-H",)}, "--sbatch: -H: expected its long form: a variable"),
+        ({"setup": ("module load x\r",)}, r"--setup: module load x\r: cannot stand in a batch script"),
         ({"srun": ("pmix",)}, "--srun: pmix: expected an option"),
         ({"sbatch": ("--x=\n",)}, r"--sbatch: --x=\n: cannot stand"),
         ({"ask": Resources(time="4h")}, "--time: 4h: expected MINUTES"),
@@ -287,11 +291,29 @@ def test_gpus_without_a_number_of_ranks_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus-per-node=8", "--ranks-per-node=4"], "--ranks-per-node: 4: a node's 8 GPUs have"),
+        (["--ranks-per-node=0"], "--ranks-per-node: 0: expected at least 1"),
+    ],
+)
+def test_ranks_that_contradict_the_gpus_are_refused(tmp_path, words, said):
+    refused = CliRunner().invoke(app, ["slurm", str(run_file(tmp_path)), "--dry-run", *words])
+    assert isinstance(refused.exception, LaunchError)
+    assert str(refused.exception).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("time", "seconds"),
-    [("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-3", 183600), ("1-0:1:2", 86462), ("infinite", None)],
+    [
+        *[("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-3", 183600), ("1-0:1:2", 86462)],
+        *[("infinite", None), ("0", None), ("0:00", None)],
+    ],
 )
 def test_time_is_read_as_slurm_reads_it(time, seconds):
     assert seconds_of(time) == seconds
+    options = replace(HERE, ask=Resources(time), signal_seconds=9)
+    assert f"#SBATCH --time={time}\n" in plan(SPEC, options).text()
 
 
 @pytest.mark.parametrize(

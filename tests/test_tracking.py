@@ -158,6 +158,9 @@ SECRETS = [
     "mlflow.uri=postgresql://bob:hun/ter2@host/db",
     "postgresql+psycopg2://bob:hunter2@db:5432/mlflow?sslmode=require",
     "mysql://host/db?user=bob&password=hunter2&x=1",
+    "postgresql://db/mlflow?user=bob&pass=hunter2",
+    "DB_PASS=hunter2",
+    "SSH_KEY: hunter2",
     "train run.yaml --hub-token hunter2 --verbose",
     "train run.yaml --hub-token=hunter2",
     "mlflow.tags={'api_key': 'hunter2'}",
@@ -242,6 +245,7 @@ def test_a_password_that_is_an_everyday_word_leaves_other_words_whole(password: 
         "sqlite:////tmp/a@b/mlflow.db",
         "http://host:5000/#/experiments/1",
         "30 tokens/s, 12 keys: all fine",
+        "second pass: 3 of 4, key: none",
     ],
 )
 def test_what_is_no_secret_stays_readable(text: str) -> None:

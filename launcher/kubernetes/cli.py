@@ -28,8 +28,8 @@ def k8s(
     ] = None,
     nodes: Annotated[int, typer.Option(help="pods")] = 1,
     ranks_per_node: Annotated[
-        int, typer.Option(help="processes of a pod, when there are no GPUs to count")
-    ] = 1,
+        int | None, typer.Option(help="processes of a pod with --gpus-per-node 0; left out: one")
+    ] = None,
     env: Annotated[list[str] | None, typer.Option(help="name of a variable that all ranks get")] = None,
     port: Annotated[int | None, typer.Option(help="of the first pod, where ranks meet")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the manifests, apply nothing")] = False,
@@ -38,17 +38,19 @@ def k8s(
     """Train on Kubernetes: as an Indexed Job, a JobSet or a Kubeflow TrainJob."""
     from launcher.kubernetes.backend import submit
     from launcher.kubernetes.plan import plan
-    from launcher.spec import job_spec
+    from launcher.spec import job_spec, ranks_of_node
 
     spec = job_spec(
         run_file,
         overrides or (),
         num_nodes=nodes,
-        ranks_per_node=cluster["gpus_per_node"] or ranks_per_node,
+        ranks_per_node=ranks_of_node(cluster["gpus_per_node"], ranks_per_node),
         variables=env or (),
         port=port,
     )
     job = plan(spec, _options(cluster))
+    if cluster["runs_claim"] is None:
+        typer.echo("no --runs-claim: the run folder and its checkpoints are lost with the pod", err=True)
     typer.echo(job.text() if dry_run else submit(job), nl=False)
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.kubernetes.names import check_name
-from launcher.secrets import has_login, is_secret
 from prefix_ds.errors import LaunchError
 
 KINDS = ("job", "jobset", "trainjob")
 
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_QUANTITY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<unit>m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_UNITS = {None: 1.0, "m": 1e-3, "k": 1e3} | {unit: 1000.0**n for n, unit in enumerate("MGTPE", 2)}
+_UNITS |= {f"{unit}i": 1024.0**n for n, unit in enumerate("KMGTPE", 1)}
+_MOST = 2**31 - 1  # of a user, and of what Kubernetes counts
 _LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -140,7 +142,9 @@ def check_options(options: KubernetesOptions) -> None:
         *_mistakes_of_text(options),
         *_mistakes_of_names(options),
         *_mistakes_of_numbers(options),
+        *_mistakes_of_resources(options),
         *_mistakes_of_labels(options),
+        *_mistakes_of_repeats(options),
         *_mistakes_of_variables(options),
     ]
     if mistakes:
@@ -158,6 +162,14 @@ def _mistakes_of_text(options: KubernetesOptions) -> Iterator[str]:
     for option, quantity in asked:
         if not _QUANTITY.fullmatch(quantity) or not quantity.strip("0.mkMGTPEi"):
             yield f"{option}: {quantity!r}: expected an amount such as 4, 500m or 16Gi"
+    if _amount(options.shm) > _amount(options.memory) > 0:
+        yield f"--shm: {options.shm}: expected at most --memory, {options.memory}, a part of which it is"
+
+
+def _amount(quantity: str) -> float:
+    """0 for what is none."""
+    found = _QUANTITY.fullmatch(quantity)
+    return float(found["number"]) * _UNITS[found["unit"]] if found else 0.0
 
 
 def _mistakes_of_names(options: KubernetesOptions) -> Iterator[str]:
@@ -187,11 +199,24 @@ def _mistakes_of_numbers(options: KubernetesOptions) -> Iterator[str]:
         number = getattr(options, name)
         if number is not None and number < smallest:
             yield f"--{name.replace('_', '-')}: {number}: expected at least {smallest}"
+        if number is not None and number > _MOST:
+            yield f"--{name.replace('_', '-')}: {number}: expected at most {_MOST}"
     if options.kind == "trainjob" and options.ttl_seconds is not None:
         yield (
             "--ttl-seconds: a TrainJob cannot be deleted by itself, for Kubeflow would train again; "
             "`prefix-launch cancel` it when it is done"
         )
+
+
+def _mistakes_of_resources(options: KubernetesOptions) -> Iterator[str]:
+    """Pages of memory are an amount of it; all else that a maker has named is counted."""
+    named = [("--resource", name, amount) for name, amount in options.resource]
+    for option, name, amount in [*named, ("--gpu-resource", options.gpu_resource, "1")]:
+        is_memory = name.startswith("hugepages-")
+        if _LABEL.fullmatch(name) and "/" not in name and not is_memory:
+            yield f"{option}: {name!r}: expected DOMAIN/NAME, such as rdma/hca, or hugepages-SIZE"
+        if _QUANTITY.fullmatch(amount) and not is_memory and ("." in amount or amount.endswith("m")):
+            yield f"{option}: {name}={amount}: expected a whole number"
 
 
 def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
@@ -208,8 +233,23 @@ def _mistakes_of_labels(options: KubernetesOptions) -> Iterator[str]:
             yield f"{option}: {value!r}: expected at most 63 letters, digits, '-', '_' and '.'"
 
 
+def _mistakes_of_repeats(options: KubernetesOptions) -> Iterator[str]:
+    pairs = {
+        "--set-env": options.set_env,
+        "--node-selector": options.node_selector,
+        "--annotation": options.annotation,
+    }
+    for option, given in pairs.items():
+        names = [name for name, _ in given]
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                yield f"{option}: {name}: is given twice"
+
+
 def _mistakes_of_variables(options: KubernetesOptions) -> Iterator[str]:
     """A manifest is read by many, and kept."""
+    from prefix_ds.config.secrets import has_login, is_secret
+
     for name, value in options.set_env:
         if not _VARIABLE.fullmatch(name):
             yield f"--set-env: {name!r}: expected the name of a variable"

@@ -49,11 +49,6 @@ def plan(spec: JobSpec, options: KubernetesOptions) -> KubernetesPlan:
 
 
 def _check_nodes(spec: JobSpec, options: KubernetesOptions) -> None:
-    if options.gpus_per_node not in (0, spec.ranks_per_node):
-        raise LaunchError(
-            f"--gpus-per-node: {options.gpus_per_node}: expected a GPU for each of the {spec.ranks_per_node} "
-            "ranks of a node, or 0 to train on CPUs"
-        )
     if spec.num_nodes > 1 and not options.runs_claim:
         raise LaunchError(
             f"--runs-claim: needed with {spec.num_nodes} nodes, which share the run folder: a "

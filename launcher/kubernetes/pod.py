@@ -13,6 +13,7 @@ Knows nothing of what starts pods.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 from launcher.kubernetes.options import KubernetesOptions, Mount, Toleration
@@ -26,6 +27,7 @@ CONFIG_FOLDER, RUN_FILE = "/config", "run.yaml"
 _HOME, _RELATIVE_RUNS = "/home/prefix", "/work"
 _HUB = ".huggingface"  # on the runs volume: what comes from the hub is fetched once, and fills no node's disk
 _TAKEN = (CONFIG_FOLDER, _HOME, "/tmp", "/dev/shm")
+_IMAGES = frozenset(["", "bin", "dev", "etc", "lib", "lib64", "proc", "sbin", "src", "sys", "usr"])  # below /
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _resources(options: KubernetesOptions) -> Manifest:
     gpus = {options.gpu_resource: options.gpus_per_node} if options.gpus_per_node else {}
     limits = {"memory": options.memory, "ephemeral-storage": options.ephemeral_storage} | gpus
     for name, amount in options.resource:
-        if name in ("cpu", *limits):
+        if name in limits:
             raise LaunchError(f"--resource: {name}: is asked for already, by an option of its own or twice")
         limits[name] = int(amount) if amount.isdecimal() else amount
     return {"requests": {"cpu": options.cpu} | limits, "limits": limits}
@@ -191,11 +193,16 @@ def runs_path(spec: JobSpec) -> str:
 
 
 def _volume_mounts(spec: JobSpec, options: KubernetesOptions) -> Iterator[Manifest]:
-    """Raises LaunchError if two volumes would lie at one place."""
+    """Raises LaunchError if two volumes would lie at one place, or one where the image's own files do."""
     taken = [*_TAKEN, runs_path(spec), *(mount.path.rstrip("/") for mount in options.mount)]
     for path in taken:
         if taken.count(path) > 1:
             raise LaunchError(f"{path}: two volumes would be mounted there; see --mount and run.folder")
+    for path in taken[len(_TAKEN) :]:
+        if normpath(f"/{path.strip('/')}").split("/")[1] in _IMAGES:
+            raise LaunchError(
+                f"{path or '/'}: a volume there would hide the image's own files; see --mount and run.folder"
+            )
     for name, path in zip(("config", "home", "tmp", "shm", "runs"), taken, strict=False):
         yield {"name": name, "mountPath": path} | ({"readOnly": True} if name == "config" else {})
     for number, mount in enumerate(options.mount):

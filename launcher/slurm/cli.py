@@ -83,11 +83,11 @@ def slurm(
     from launcher.slurm.backend import gpus_here
     from launcher.slurm.options import Resources
     from launcher.slurm.script import plan
-    from launcher.spec import job_spec
+    from launcher.spec import job_spec, ranks_of_node
 
     _refuse_silent_gpus(sbatch or [], ranks_per_node or gpus_per_node)
     gpus_per_node = gpus_per_node or (gpus_here() if ranks_per_node is None else 0)
-    ranks, names = gpus_per_node or ranks_per_node or 1, env or []
+    ranks, names = ranks_of_node(gpus_per_node, ranks_per_node), env or []
     spec = job_spec(
         run_file, overrides or [], num_nodes=nodes, ranks_per_node=ranks, variables=names, port=port
     )
@@ -100,7 +100,7 @@ def slurm(
 def _refuse_silent_gpus(words: list[str], num_ranks: int) -> None:
     """Raises LaunchError where a node has GPUs and nobody says how many ranks are to use them."""
     for word in words:
-        if not num_ranks and word.startswith(("--gres=gpu", "--gpus", "-G")):
+        if not num_ranks and word.startswith(("--gres=gpu", "--gpus")):
             raise LaunchError(
                 f"--sbatch={word}: how many ranks a node? Say --ranks-per-node (one for each GPU)"
             )
@@ -111,10 +111,10 @@ def _options(spec: "JobSpec", logs: Path | None, python: str | None, **others: A
     from launcher.slurm.backend import in_allocation
     from launcher.slurm.options import SlurmOptions
 
-    here, run = Path.cwd(), Path(spec.config.run.folder)
+    here = Path.cwd()
     return SlurmOptions(
         folder=here,
-        logs=here / (logs or run.with_name(run.name + "-logs")),
+        logs=here / (logs or spec.logs),
         python=python or sys.executable,
         allocated=in_allocation(),
         **others,

@@ -13,6 +13,7 @@ from prefix_ds.errors import LaunchError
 _TIME = re.compile(  # sbatch's: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]
     r"(?P<m>\d+)(:(?P<s>\d+))?|(?P<H>\d+):(?P<M>\d+):(?P<S>\d+)|(?P<d>\d+)-(?P<h>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
 )
+_LONG = {"A": "account", "C": "constraint", "G": "gpus", "p": "partition", "q": "qos", "t": "time"}
 _SECONDS = {"d": 86400, "H": 3600, "h": 3600, "M": 60, "m": 60, "dm": 60, "S": 1, "s": 1, "ds": 1}
 
 
@@ -57,15 +58,33 @@ class SlurmOptions:
             raise LaunchError(
                 f"--signal-seconds: {self.signal_seconds}: expected less than the {seconds} seconds of --time"
             )
+        self._check_lines()
+
+    def _check_lines(self) -> None:
         examples = {"sbatch": "--reservation=NAME", "srun": "--mpi=none"}
         for option, example in examples.items():
             for word in getattr(self, option):
                 if not word.startswith("-"):
                     raise LaunchError(f"--{option}: {word}: expected an option, such as {example}")
+        for word in self.sbatch:
+            if not word.startswith("--"):
+                raise LaunchError(
+                    f"--sbatch: {word}: expected {_long(word)}: a variable such as SBATCH_PARTITION would go "
+                    "before the short one"
+                )
+        for line in self.setup:
+            if "\r" in line:  # sbatch refuses the line ends of DOS
+                raise LaunchError(f"--setup: {line}: cannot stand in a batch script")
+
+
+def _long(word: str) -> str:
+    """An option of one letter by its whole name."""
+    name = _LONG.get(word[1:2])
+    return f"--{name}={word[2:].strip(' =') or 'VALUE'}" if name else "its long form"
 
 
 def seconds_of(time: str) -> int | None:
-    """A time limit as Slurm reads it; None: it has no end. Raises LaunchError."""
+    """A time limit as Slurm reads it, 0 too; None: it has no end. Raises LaunchError."""
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return None
     found = _TIME.fullmatch(time)
@@ -73,4 +92,4 @@ def seconds_of(time: str) -> int | None:
         raise LaunchError(
             f"--time: {time}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
         )
-    return sum(_SECONDS[unit] * int(number) for unit, number in found.groupdict().items() if number)
+    return sum(_SECONDS[unit] * int(number) for unit, number in found.groupdict().items() if number) or None

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prefix_ds.config.secrets import is_secret
 from prefix_ds.errors import RunError
 from prefix_ds.files import write_text_atomically
-from prefix_ds.tracking.masking import STARS, masked, names_secret
+from prefix_ds.tracking.masking import STARS, masked
 
 _FILE = "facts.json"
 _PACKAGES = ("prefix-ds", "torch", "deepspeed", "transformers")
@@ -128,7 +129,7 @@ def _without_secrets(tree: Any, above: str) -> Any:
         return [_without_secrets(value, above) for value in tree]
     if not isinstance(tree, str):
         return tree
-    if tree and names_secret(above.rpartition(".")[2]):
+    if tree and is_secret(above.rpartition(".")[2]):
         return STARS
     return masked(tree, is_template=".".join(above.split(".")[-2:]) in _TEMPLATES)
 
@@ -148,7 +149,7 @@ def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
 def _shown(word: str, uri: str | None) -> str:
     """A word of a command line."""
     name, is_pair, _ = word.partition("=")
-    return f"{name}={STARS}" if is_pair and names_secret(name) else masked(word, uri)
+    return f"{name}={STARS}" if is_pair and is_secret(name) else masked(word, uri)
 
 
 def _version(package: str) -> str | None:

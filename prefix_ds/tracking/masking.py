@@ -10,21 +10,22 @@ Knows nothing of where the text goes.
 import re
 from urllib.parse import unquote
 
+from prefix_ds.config.secrets import SECRET_NAME
+
 STARS = "***"
 WITH_PASSWORD = (
     "no password is kept: give the server's whole URI (--uri), or MLFLOW_TRACKING_USERNAME and so on"
 )
 _LONG = 8  # characters of a password that stands in no text by chance
 _QUOTED_OR_WORD = r"""(?:"[^"]*"|'[^']*'|[^\s"',;&]+)"""
-_SECRET_NAME = r"(?:token|password|passwd|pwd|secret|credentials?|api[_-]?key|access[_-]?key)"
 _BY_THEMSELVES = [
     (re.compile(r"([A-Za-z][\w+.-]*://)(?!/)[^\s'\"]*@"), rf"\1{STARS}@"),
     (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w+/=.~-]{8,}"), rf"\1{STARS}"),
     (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abprs]-|AKIA|dapi)[\w-]{10,}"), STARS),
 ]
 _BY_NAME = [
-    (re.compile(rf"(?i)(--[\w.-]*{_SECRET_NAME}\s+){_QUOTED_OR_WORD}"), rf"\1{STARS}"),
-    (re.compile(rf"""(?i)(\b[\w.-]*{_SECRET_NAME}["']?\s*[=:]\s*){_QUOTED_OR_WORD}"""), rf"\1{STARS}"),
+    (re.compile(rf"(?i)(--[\w.-]*{SECRET_NAME}\s+){_QUOTED_OR_WORD}"), rf"\1{STARS}"),
+    (re.compile(rf"""(?i)(\b[\w.-]*{SECRET_NAME}["']?\s*[=:]\s*){_QUOTED_OR_WORD}"""), rf"\1{STARS}"),
 ]
 
 
@@ -38,11 +39,6 @@ def masked(text: str, uri: str | None = None, *, is_template: bool = False) -> s
     for pattern, stars in _BY_THEMSELVES + ([] if is_template else _BY_NAME):
         text = pattern.sub(stars, text)
     return text
-
-
-def names_secret(name: str) -> bool:
-    """Whether what bears this name is a secret, whatever it looks like."""
-    return re.fullmatch(rf"(?i)[\w.-]*{_SECRET_NAME}", name) is not None
 
 
 def _secrets(uri: str) -> list[re.Pattern[str]]:
