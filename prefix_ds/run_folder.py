@@ -12,11 +12,12 @@ Starting the same run again goes on in its folder; another run's folder is refus
 Knows nothing of what the files hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from prefix_ds.config import RunConfig, config_text, differing_keys, read_config
+from prefix_ds.config import RunConfig, config_text, differing_keys, fixed_keys, read_config
 from prefix_ds.errors import RunError
 from prefix_ds.files import hold_alone, remove, restore_folder, telling_disk_errors, write_text_atomically
 from prefix_ds.tracking import masked, without_secrets
@@ -79,7 +80,7 @@ def claim(config: RunConfig) -> RunFolder:
     folder = RunFolder(Path(config.run.folder))
     if folder.config_file.exists():
         if folder.has_begun:
-            _refuse_another(folder, config)
+            refuse_another(folder, fixed_keys(read_config(folder.config_file)), fixed_keys(config))
     elif folder.path.is_dir() and any(path.name != _LOCK for path in folder.path.iterdir()):
         raise RunError(
             f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"
@@ -115,9 +116,9 @@ def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder
     return folder, read_config(folder.config_file, overrides)
 
 
-def _refuse_another(folder: RunFolder, config: RunConfig) -> None:
-    differing = differing_keys(read_config(folder.config_file), config)
-    if differing:
+def refuse_another(folder: RunFolder, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises RunError where a run with the `fixed_keys` of `old` is asked to go on with those of `new`."""
+    if differing := differing_keys(old, new):
         raise RunError(
             f"run.folder: {folder.path}: belongs to another run: {'; '.join(differing)}. "
             "Choose another run.folder, remove this one, or go back to its values"

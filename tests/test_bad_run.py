@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefix_ds.checkpoint import latest, read_prefix
+from prefix_ds.checkpoint import latest, read_prefix, save_checkpoint
 from prefix_ds.config import config_text, read_config
 from tests.disks import fill_before
 from tests.ranks import command
@@ -44,6 +44,33 @@ def test_the_folder_of_another_run(place, run, size):
     assert read_config(run / "run.yaml") == before
     (ended,) = command("train", place / "run.yaml", f"run.folder={run}", "run.log_every=3")
     assert ended.code == 0, "a key that says how the work is shown may differ"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_started_from_its_own_file_that_was_edited(run, size):
+    file = run / "run.yaml"
+    words = [f"run.folder={run}", "data.test=null"]
+    line = "turn the words around:"
+    for old, new, said in [
+        ("lr: 0.01", "lr: 0.02", "train.lr: 0.01 -> 0.02. "),
+        ("max_steps: 6", "max_steps: 8", "train.max_steps: 6 -> 8. "),
+        (line, "turn them", f"prefix.text: {line!r} -> 'turn them'. "),
+    ]:
+        before = file.read_text()
+        file.write_text(before.replace(old, new))
+        refused = refusal("train", file, *words, size=size, after_log=True)
+        assert refused.startswith(f"run.folder: {run}: belongs to another run: {said}")
+        file.write_text(before)
+    older_checkpoints(run)
+    (ended,) = command("train", file, *words)
+    assert ended.code == 0, ended.err
+
+
+def older_checkpoints(run):
+    """They do not say what they are of."""
+    found = latest(run)
+    state = {name: part for name, part in found.state.items() if name != "keys"}
+    save_checkpoint(run, found.step, found.tensors(), state)
 
 
 @pytest.mark.parametrize("size", [1, 2])

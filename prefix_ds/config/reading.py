@@ -8,7 +8,7 @@ Knows nothing of what the keys mean.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
@@ -52,14 +52,16 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
-def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Lines `section.key: old -> new` for the keys that change what a run computes; not the free ones."""
-    rows = [
-        (f"{section}.{name}", getattr(getattr(old, section), name), getattr(getattr(new, section), name))
-        for section, name, free in _all_keys()
-        if not free
-    ]
-    return [f"{key}: {before!r} -> {after!r}" for key, before, after in rows if before != after]
+def fixed_keys(config: RunConfig) -> dict[str, Any]:
+    """What changes what a run computes, as JSON has it, by `section.key`; not the free keys."""
+    tree = config.model_dump(mode="json")
+    return {f"{section}.{name}": tree[section][name] for section, name, free in _all_keys() if not free}
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `section.key: old -> new` for those of `fixed_keys` that both have, and not alike."""
+    both = [(key, before, new[key]) for key, before in old.items() if key in new]
+    return [f"{key}: {before!r} -> {after!r}" for key, before, after in both if before != after]
 
 
 def _all_keys() -> Iterator[tuple[str, str, bool]]:
