@@ -31,6 +31,7 @@ _HEAD = """\
 #
 # A key may also be given on the command line: prefix-ds train run.yaml train.lr=0.001
 # Relative paths begin in the folder that the command is called from.
+# The run keeps a copy of its own in run.folder, so that must be another folder than this file's.
 """
 
 

@@ -8,7 +8,8 @@
     tokenizer/                   pretrain: the trained tokenizer
     evaluate/test.json(l)        what `prefix-ds evaluate` found, and a line a record
 
-Starting the same run again goes on in its folder; another run's folder is refused with the keys that differ.
+Starting the same run again goes on in its folder; another run's folder is refused with the keys that differ,
+and so is one with a run.yaml that somebody wrote. Our copy has a first line of its own.
 Knows nothing of what the files hold.
 """
 
@@ -23,6 +24,7 @@ from prefix_ds.files import hold_alone, remove, restore_folder, telling_disk_err
 from prefix_ds.tracking import masked, without_secrets
 
 _LOCK = ".lock"
+_HEAD = "# Written by prefix-ds, for the run in this folder: every key, resolved. It is written over.\n"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def claim(config: RunConfig) -> RunFolder:
     if folder.config_file.exists():
         if folder.has_begun:
             refuse_another(folder, fixed_keys(read_config(folder.config_file)), fixed_keys(config))
+        elif not _is_ours(folder.config_file):
+            raise RunError(
+                f"run.folder: {folder.path}: its run.yaml is not the copy that a run keeps, and would be "
+                f"written over; choose another folder, such as {folder.path / 'run'}"
+            )
     elif folder.path.is_dir() and any(path.name != _LOCK for path in folder.path.iterdir()):
         raise RunError(
             f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"
@@ -98,7 +105,14 @@ def claim(config: RunConfig) -> RunFolder:
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Keeps the resolved configuration, without its secrets, in an existing folder. Raises RunError."""
-    write_text_atomically(folder.config_file, config_text(publishable(config)))
+    write_text_atomically(folder.config_file, _HEAD + config_text(publishable(config)))
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return file.read_bytes().startswith(_HEAD.encode())
+    except OSError:
+        return False
 
 
 def publishable(config: RunConfig) -> RunConfig:

@@ -61,13 +61,14 @@ def test_a_run_started_from_its_own_file_that_was_edited(run, size):
         refused = refusal("train", file, *words, size=size, after_log=True)
         assert refused.startswith(f"run.folder: {run}: belongs to another run: {said}")
         file.write_text(before)
-    older_checkpoints(run)
+    older_run(run)
     (ended,) = command("train", file, *words)
     assert ended.code == 0, ended.err
 
 
-def older_checkpoints(run):
-    """They do not say what they are of."""
+def older_run(run):
+    """Its checkpoints do not say what they are of, nor its run.yaml whose it is."""
+    (run / "run.yaml").write_text(config_text(read_config(run / "run.yaml")))
     found = latest(run)
     state = {name: part for name, part in found.state.items() if name != "keys"}
     save_checkpoint(run, found.step, found.tensors(), state)
@@ -98,6 +99,14 @@ def test_folders_that_cannot_be_a_run(place, tmp_path):
         line = refusal("train", place / "run.yaml", f"run.folder={folder}")
         assert line == f"run.folder: {folder}: {said}"
     assert contents(tmp_path / "mine") == {"thesis.txt"}
+    (tmp_path / "task").mkdir()
+    shutil.copyfile(place / "run.yaml", mine := tmp_path / "task" / "run.yaml")
+    for start, size in [(mine, 1), (place / "run.yaml", 2)]:
+        line = refusal("train", start, f"run.folder={mine.parent}", size=size)
+        assert "its run.yaml is not the copy that a run keeps, and would be written over; choose" in line
+        assert line.endswith(f"such as {mine.parent}/run")
+    assert mine.read_bytes() == (place / "run.yaml").read_bytes()
+    assert contents(mine.parent) == {"run.yaml"}
     line = refusal("generate", tmp_path / "mine", "--prompt", "x")
     assert line == f"{tmp_path}/mine: is no run folder: it has no run.yaml"
 
