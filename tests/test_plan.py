@@ -271,6 +271,12 @@ def test_what_is_computed_again_is_not_gathered_again(run_file, capsys):
     assert other["traffic"]["gathered_bytes"] < 1.02 * plain["traffic"]["gathered_bytes"]
 
 
+@pytest.mark.parametrize(("dtype", "is_told"), [("float32", True), ("bfloat16", False)])
+def test_that_float32_takes_longer_than_planned_is_told(run_file, capsys, dtype, is_told):
+    notes = json.loads(told(capsys, "plan", run_file, f"model.dtype={dtype}", "--json"))["notes"]
+    assert any("the times are those of bfloat16" in note for note in notes) == is_told
+
+
 def test_ways_are_what_a_plan_of_them_says(run_file, capsys):
     def data_of(*words):
         return json.loads(told(capsys, "plan", run_file, *words, "--json"))

@@ -111,6 +111,11 @@ def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> It
             f"train.global_batch_size: {config.train.global_batch_size} examples a step leave {idle:,} of "
             f"{job.num_devices:,} devices without any: use fewer devices, or raise it"
         )
+    if config.model.dtype == "float32" and device.kind != "cpu":
+        yield (
+            "model.dtype: float32: the times are those of bfloat16, and products in float32 take many times "
+            "longer on a GPU: use bfloat16"
+        )
     if config.engine.nvme_folder:
         yield "how fast the disks are is not in this plan, and they may be slower than all the rest"
     if found.traffic.copied_bytes and device.host_gbs == inf:
