@@ -61,6 +61,20 @@ def test_what_torch_and_numpy_would_break_at(word, said):
     assert said in refused(word)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        *(
+            (key, "~/zz", "a home folder differs by machine; write the whole path, without ~")
+            for key in ("run.folder", "model.name", "model.tokenizer", "engine.nvme_folder")
+        ),
+        ("run.folder", "", "String should have at least 1 character"),
+    ],
+)
+def test_a_place_that_would_be_another_than_was_meant(key, value, said):
+    assert refused(f"{key}={value}").endswith(f"{key}: {value!r}: {said}")
+
+
 def test_a_conversation_is_in_a_field_that_has_a_name():
     with pytest.raises(ConfigError, match=r":3: data\.messages: '': String should have at least 1 character"):
         parse_config(f"{RUN}\ndata: {{messages: ''}}")

@@ -50,6 +50,13 @@ class Section(BaseModel):
         return value
 
 
+def _names_no_home(value: str | None) -> str | None:
+    """A home is another folder on each machine that a run moves to."""
+    if value is not None and value.startswith("~"):
+        raise PydanticCustomError("home", "a home folder differs by machine; write the whole path, without ~")
+    return value
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -88,6 +95,8 @@ class ModelKeys(Section):
         "auto", "attention the prefix is put in front of; auto takes the model's own", free=True
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the base")
+
+    _places = field_validator("name", "tokenizer")(_names_no_home)
 
     @field_validator("recompute", mode="before")
     @classmethod
@@ -199,15 +208,19 @@ class EngineKeys(Section):
         None, "a folder on a disk of each host, for presets that keep the base there", free=True
     )
 
+    _places = field_validator("nvme_folder")(_names_no_home)
+
 
 class RunKeys(Section):
     """Where the run lives, and its cadences in steps (0: never)."""
 
-    folder: str = key("runs/default", "the run folder", free=True)
+    folder: str = key("runs/default", "the run folder", free=True, min_length=1)
     log_every: int = key(10, "steps between two lines of metrics", ge=1, free=True)
     valid_every: int = key(100, "steps between two validations; the last step always has one", ge=0)
     save_every: int = key(100, "steps between two checkpoints; the last step always has one", ge=0, free=True)
     keep: int = key(2, "checkpoints kept", ge=1, free=True)
+
+    _places = field_validator("folder")(_names_no_home)
 
 
 class MlflowKeys(Section):

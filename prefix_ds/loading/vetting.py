@@ -83,5 +83,5 @@ def _check_place(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {name}: the folder has no config.json")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise ModelError(f"model.name: {name}: there is no such folder")
