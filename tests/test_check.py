@@ -111,6 +111,18 @@ def test_everything_that_is_wrong_is_told_at_once(run, tmp_path):
     assert len(set(lines)) == len(lines)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("model.name=./nope", "model.name: ./nope: there is no such folder"),
+        ("model.name={}", "model.name: {}: the folder has no config.json"),
+        ("model.tokenizer=a/b/c", "model.tokenizer: a/b/c: there is no such folder"),
+    ],
+)
+def test_one_mistake_is_told_once(run, tmp_path, word, said):
+    assert wrong(run(word.format(tmp_path))) == ["1 to mend:", f"  {said.format(tmp_path)}"]
+
+
 def test_a_prefix_that_could_not_start_is_told(run):
     text = "prefix.text=Count all of these, one after the other, and say the number:"
     lines = wrong(run(text, "prefix.length=10", "prefix.layers=[0, 99]"))
