@@ -130,6 +130,14 @@ class PrefixKeys(Section):
         "all", "attention layers that get a prefix, counted from 0; -1 is the last"
     )
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_all_or_some(cls, value: Any) -> Any:
+        """Told in one line, as of `recompute`."""
+        if value == "all" or (isinstance(value, list) and all(type(layer) is int for layer in value)):
+            return value
+        raise PydanticCustomError("layers", "expected all, or a list of whole numbers")
+
 
 class DataKeys(Section):
     """Records, and how they become text."""
@@ -163,6 +171,15 @@ class DataKeys(Section):
     )
     packing: bool = key(True, "several examples in one row, which do not see each other", free=True)
     workers: int = key(1, "processes that tokenise", ge=1, free=True)
+
+    @field_validator("train", "valid", "test", mode="before")
+    @classmethod
+    def _sources_are_texts(cls, value: Any) -> Any:
+        """Told in one line, as of `recompute`."""
+        names = value if isinstance(value, list) else [] if value is None else [value]
+        if all(isinstance(name, str) for name in names):
+            return value
+        raise PydanticCustomError("source", "expected a file, a glob or a hub id, or a list of files")
 
     @property
     def is_chat(self) -> bool:

@@ -23,6 +23,30 @@ from prefix_ds.errors import ConfigError, is_unicode
 
 Place = tuple[str | int, ...]
 
+# What is told of a mistake, by the name that pydantic has for it; of the others its words, with these put in.
+_EXPECTED = {
+    "model_type": "a section with keys",
+    "string_type": "text",
+    "string_too_short": "some text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list, as [a, b]",
+    "tuple_type": "two numbers",
+    "missing": "two numbers",
+    "too_long": "two numbers",
+    "dict_type": "keys with values, as {a: b}",
+}
+_PHRASES = {
+    "Input should be": "expected",
+    "greater than or equal to": "at least",
+    "greater than": "more than",
+    "less than or equal to": "at most",
+}
 _SECRET_SECTIONS = ("mlflow",)  # passwords and tokens stand there: no message shows its values
 
 
@@ -154,7 +178,16 @@ def _explain(error: ErrorDetails, source: str, lines: dict[Place, str]) -> str:
         own = tuple(message.partition(":")[0].split("."))
         return f"{lines.get(own, source)}: {message}"
     found = "" if place[0] in _SECRET_SECTIONS else f"{error['input']!r}: "
-    return f"{where}: {_dotted(place)}: {found}{error['msg']}"
+    return f"{where}: {_dotted(place)}: {found}{_expected(error)}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[error['type']]}"
+    text = error["msg"]
+    for theirs, ours in _PHRASES.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 def _dotted(place: Place) -> str:
