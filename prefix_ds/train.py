@@ -135,8 +135,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
         end = fit(run, config.train, config.run, config.evaluate, start)
         wait_for_all()
     log.info("%s", _farewell(memory, config, end))
-    if world.is_first:
-        log.info("medians: %s", medians([r for r in read_metrics(folder.path) if r.step > start.step]))
+    new = [r for r in read_metrics(folder.path) if r.step > start.step] if world.is_first else []
+    if line := medians(new):
+        log.info("medians: %s", line)
     return end
 
 
