@@ -71,7 +71,9 @@ def check_run(config: RunConfig, console: Console) -> None:
     if config.model.tokenizer or (has_tokenizer and not problems.about("model.name")):
         tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data))
     if tokenizer is not None:
-        problems.of(lambda: check_lengths(config, tokenizer, base))
+        warning = problems.of(lambda: check_lengths(config, tokenizer, base))
+        if warning:
+            console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     if not has_tokenizer:
         console.print("The run will make its own tokenizer; until then lengths are in characters.")
     for split in ("train", "valid", "test"):

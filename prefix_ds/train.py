@@ -102,7 +102,9 @@ def train(config: RunConfig) -> Progress:
 def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     folder, settings, skeleton = together(lambda: _prepared(config, world))
     tokenizer = _tokenizer(config, folder, world)
-    together(lambda: check_lengths(config, tokenizer, skeleton))
+    warning = together(lambda: check_lengths(config, tokenizer, skeleton))
+    if warning and world.is_first:
+        log.warning("%s", warning)
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     together(lambda: check_warmup(Order(len(examples["train"]), config.train).num_steps, config.train))
     memory = RunMemory(folder, world, config, examples["train"].digest)

@@ -112,6 +112,14 @@ def test_folders_that_cannot_be_a_run(place, tmp_path):
     assert line == f"{tmp_path}/mine: is no run folder: it has no run.yaml"
 
 
+def test_that_texts_are_longer_than_the_base_was_made_for_is_told_once(place, tmp_path):
+    words = [f"run.folder={tmp_path}/run", "data.max_length=256", "train.micro_batch_tokens=256"]
+    first, second = command("train", place / "run.yaml", *words, "train.max_steps=1", size=2)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert first.err.count("data.max_length: prefix and text may take ") == 1
+    assert not second.err
+
+
 def losing_numbers(rank):
     """Norms bring back most of what a rate can do, so the loss itself is made what it would become."""
     from prefix_ds.model import PrefixLM
