@@ -55,6 +55,10 @@ class Problems:
             self.lines += [line for line in error.args if line not in self.lines]
             return None
 
+    def about(self, key: str) -> bool:
+        """Whether a line begins with the key."""
+        return any(line.startswith(f"{key}: ") for line in self.lines)
+
 
 def check_run(config: RunConfig, console: Console) -> None:
     """Shows a run's data on the console. Raises PrefixError, with a line for everything that is wrong."""
@@ -63,9 +67,13 @@ def check_run(config: RunConfig, console: Console) -> None:
     base = problems.of(lambda: check_base(config))
     problems.of(lambda: source_of("train", config.data))
     has_tokenizer = bool(config.model.tokenizer or config.model.name)
-    tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data)) if has_tokenizer else None
+    tokenizer = None
+    if config.model.tokenizer or (has_tokenizer and not problems.about("model.name")):
+        tokenizer = problems.of(lambda: load_tokenizer(config.model, config.data))
     if tokenizer is not None:
-        problems.of(lambda: check_lengths(config, tokenizer, base))
+        warning = problems.of(lambda: check_lengths(config, tokenizer, base))
+        if warning:
+            console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     if not has_tokenizer:
         console.print("The run will make its own tokenizer; until then lengths are in characters.")
     for split in ("train", "valid", "test"):

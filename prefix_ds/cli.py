@@ -6,6 +6,7 @@ one line and exit code 2, a request to stop in 75 (see `errors`). Knows nothing 
 
 import errno
 import gc
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -170,7 +171,7 @@ def init(folder: Annotated[Path, typer.Argument(help="where run.yaml is written"
     from prefix_ds.init import write_starter
 
     run_file = write_starter(folder)
-    typer.echo(f"wrote {run_file}; edit its first keys, then: prefix-ds check {run_file}")
+    typer.echo(f"wrote {run_file}; edit its first keys, then: prefix-ds check {shlex.quote(str(run_file))}")
 
 
 @app.command()

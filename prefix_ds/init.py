@@ -31,14 +31,17 @@ _HEAD = """\
 #
 # A key may also be given on the command line: prefix-ds train run.yaml train.lr=0.001
 # Relative paths begin in the folder that the command is called from.
+# The run keeps a copy of its own in run.folder, so that must be another folder than this file's.
 """
 
 
 def write_starter(folder: Path) -> Path:
     """Writes run.yaml into a folder, made if it is new, and returns its path.
 
-    Raises RunError if there is one already or it cannot be written.
+    Raises RunError if there is one already, it cannot be written, or a file was named.
     """
+    if folder.suffix.lower() in (".yaml", ".yml"):
+        raise RunError(f"{folder}: expected a folder, in which run.yaml is written, such as {folder.stem}")
     path = folder / "run.yaml"
     if path.exists():
         raise RunError(f"{path}: is there already, and is left as it is; choose another folder")

@@ -21,12 +21,12 @@ from prefix_ds.checkpoint import (
     seal,
     write_tensors,
 )
-from prefix_ds.config import RunConfig
+from prefix_ds.config import RunConfig, fixed_keys
 from prefix_ds.dist import World, gathered, on_first, together
 from prefix_ds.engine.step import Engine
 from prefix_ds.errors import RunError
 from prefix_ds.progress import Progress
-from prefix_ds.run_folder import RunFolder
+from prefix_ds.run_folder import RunFolder, refuse_another
 
 
 class RunMemory:
@@ -35,15 +35,16 @@ class RunMemory:
     def __init__(self, folder: RunFolder, world: World, config: RunConfig, data: str) -> None:
         """Keeps `run.keep` checkpoints; the result is a prefix or a model, as `train.method` says.
 
-        `data` is a digest of what is trained on: a run goes on with the same.
+        `data` is a digest of what is trained on: a run goes on with the same, and with the same fixed keys.
         """
+        self.keys = fixed_keys(config)
         self.folder, self.world, self.keep, self.data = folder, world, config.run.keep, data
         self.result = folder.prefix if config.train.method == "prefix" else folder.model
 
     def save(self, engine: Engine, progress: Progress) -> None:
         """Writes a checkpoint; older ones beyond `keep` go. Raises RunError."""
         ranks = self.world.size if engine.every_rank_saves else None
-        state = {"progress": asdict(progress), "ranks": ranks, "data": self.data}
+        state = {"progress": asdict(progress), "ranks": ranks, "data": self.data, "keys": self.keys}
         if engine.every_rank_saves:
             self._save_by_all(engine, progress.step, state)
         else:
@@ -56,16 +57,19 @@ class RunMemory:
         """Writes the best result so far. Raises RunError."""
         engine.write_result(self.result, progress)
 
-    def restore(self, engine: Engine) -> Progress:
-        """Puts the newest sound checkpoint back into the engine and says where the run stands.
-
-        Raises RunError.
-        """
+    def newest(self) -> Checkpoint | None:
+        """The newest sound checkpoint; None if there is none. Raises RunError for that of another run."""
         found = on_first(self.world, lambda: latest(self.folder.path))
+        if found is not None:
+            refuse_another(self.folder, found.state.get("keys", {}), self.keys)
+            self._refuse_other_world(found)
+            self._refuse_other_data(found)
+        return found
+
+    def restore(self, engine: Engine, found: Checkpoint | None) -> Progress:
+        """Puts a checkpoint back into the engine and says where the run stands. Raises RunError."""
         if found is None:
             return Progress()
-        self._refuse_other_world(found)
-        self._refuse_other_data(found)
         if engine.every_rank_saves:
             tensors = together(lambda: found.tensors(name=self._file()))
         else:

@@ -8,20 +8,23 @@
     tokenizer/                   pretrain: the trained tokenizer
     evaluate/test.json(l)        what `prefix-ds evaluate` found, and a line a record
 
-Starting the same run again goes on in its folder; another run's folder is refused with the keys that differ.
+Starting the same run again goes on in its folder; another run's folder is refused with the keys that differ,
+and so is one with a run.yaml that somebody wrote. Our copy has a first line of its own.
 Knows nothing of what the files hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from prefix_ds.config import RunConfig, config_text, differing_keys, read_config
+from prefix_ds.config import RunConfig, config_text, differing_keys, fixed_keys, read_config
 from prefix_ds.errors import RunError
 from prefix_ds.files import hold_alone, remove, restore_folder, telling_disk_errors, write_text_atomically
 from prefix_ds.tracking import masked, without_secrets
 
 _LOCK = ".lock"
+_HEAD = "# Written by prefix-ds, for the run in this folder: every key, resolved. It is written over.\n"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,12 @@ def claim(config: RunConfig) -> RunFolder:
     folder = RunFolder(Path(config.run.folder))
     if folder.config_file.exists():
         if folder.has_begun:
-            _refuse_another(folder, config)
+            refuse_another(folder, fixed_keys(read_config(folder.config_file)), fixed_keys(config))
+        elif not _is_ours(folder.config_file):
+            raise RunError(
+                f"run.folder: {folder.path}: its run.yaml is not the copy that a run keeps, and would be "
+                f"written over; choose another folder, such as {folder.path / 'run'}"
+            )
     elif folder.path.is_dir() and any(path.name != _LOCK for path in folder.path.iterdir()):
         raise RunError(
             f"run.folder: {folder.path}: the folder has files in it and no run.yaml; choose another"
@@ -97,7 +105,14 @@ def claim(config: RunConfig) -> RunFolder:
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Keeps the resolved configuration, without its secrets, in an existing folder. Raises RunError."""
-    write_text_atomically(folder.config_file, config_text(publishable(config)))
+    write_text_atomically(folder.config_file, _HEAD + config_text(publishable(config)))
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return file.read_bytes().startswith(_HEAD.encode())
+    except OSError:
+        return False
 
 
 def publishable(config: RunConfig) -> RunConfig:
@@ -115,9 +130,9 @@ def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder
     return folder, read_config(folder.config_file, overrides)
 
 
-def _refuse_another(folder: RunFolder, config: RunConfig) -> None:
-    differing = differing_keys(read_config(folder.config_file), config)
-    if differing:
+def refuse_another(folder: RunFolder, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises RunError where a run with the `fixed_keys` of `old` is asked to go on with those of `new`."""
+    if differing := differing_keys(old, new):
         raise RunError(
             f"run.folder: {folder.path}: belongs to another run: {'; '.join(differing)}. "
             "Choose another run.folder, remove this one, or go back to its values"

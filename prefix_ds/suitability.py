@@ -19,7 +19,7 @@ from prefix_ds.loading import check_new, one_line, vetted_config
 from prefix_ds.model.attention import Joint
 from prefix_ds.model.base import no_attention_to_join, switch_attention
 from prefix_ds.model.families import check_family
-from prefix_ds.model.positions import check_length
+from prefix_ds.model.positions import beyond_training, check_length
 from prefix_ds.model.skeleton import skeleton
 from prefix_ds.model.trial import Trial
 from prefix_ds.plan.experts import balance_experts
@@ -50,18 +50,21 @@ def check_base(config: RunConfig) -> Any:
     return base
 
 
-def check_lengths(config: RunConfig, tokenizer: Any, base: Any) -> None:
+def check_lengths(config: RunConfig, tokenizer: Any, base: Any) -> str | None:
     """Raises ConfigError where a text has no room: in `prefix.length`, or in the base's table of positions.
 
-    `base` is what `check_base` gave.
+    `base` is what `check_base` gave. The answer is a line to warn with, where the base was
+    made for shorter texts.
     """
     keys, length = config.prefix, 0
     if config.train.method == "prefix":
         is_text = keys.init == "text"
         length = len(text_tokens(tokenizer, keys.text or "", keys.length)) if is_text else keys.length or 0
-    if base is not None:
-        check_length(base, length, "prefix.length")
-        check_length(base, length + config.data.max_length, "data.max_length")
+    if base is None:
+        return None
+    check_length(base, length, "prefix.length")
+    check_length(base, length + config.data.max_length, "data.max_length")
+    return beyond_training(base, length + config.data.max_length, "data.max_length")
 
 
 def slots_without_weights(base: Any, keys: ModelKeys) -> list[Slot] | None:

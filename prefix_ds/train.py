@@ -102,14 +102,17 @@ def train(config: RunConfig) -> Progress:
 def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
     folder, settings, skeleton = together(lambda: _prepared(config, world))
     tokenizer = _tokenizer(config, folder, world)
-    together(lambda: check_lengths(config, tokenizer, skeleton))
+    warning = together(lambda: check_lengths(config, tokenizer, skeleton))
+    if warning and world.is_first:
+        log.warning("%s", warning)
     examples = {split: load_examples(split, config.data, tokenizer, world) for split in _splits(config)}
     together(lambda: check_warmup(Order(len(examples["train"]), config.train).num_steps, config.train))
+    memory = RunMemory(folder, world, config, examples["train"].digest)
+    found = memory.newest()
     trained = _trained(fitted(config, folder, examples["train"], world), settings, tokenizer, world)
     on_first(world, lambda: _write_settings(folder, trained.base.settings))
     together(lambda: check_ids(examples.values(), tokenizer, trained.lm.vocab_size))
-    memory = RunMemory(folder, world, config, examples["train"].digest)
-    start = memory.restore(trained.engine)
+    start = memory.restore(trained.engine, found)
     limits = limits_for(trained.lm, config)
     stream = Stream(examples["train"], limits, config.train, world)
     ahead = Ahead(stream.share, stream.num_steps, world.device)
@@ -134,8 +137,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> Progress:
         end = fit(run, config.train, config.run, config.evaluate, start)
         wait_for_all()
     log.info("%s", _farewell(memory, config, end))
-    if world.is_first:
-        log.info("medians: %s", medians([r for r in read_metrics(folder.path) if r.step > start.step]))
+    new = [r for r in read_metrics(folder.path) if r.step > start.step] if world.is_first else []
+    if line := medians(new):
+        log.info("medians: %s", line)
     return end
 
 

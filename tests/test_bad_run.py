@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefix_ds.checkpoint import latest, read_prefix
+from prefix_ds.checkpoint import latest, read_prefix, save_checkpoint
 from prefix_ds.config import config_text, read_config
 from tests.disks import fill_before
 from tests.ranks import command
@@ -47,6 +47,35 @@ def test_the_folder_of_another_run(place, run, size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
+def test_a_run_started_from_its_own_file_that_was_edited(run, size):
+    file = run / "run.yaml"
+    words = [f"run.folder={run}", "data.test=null"]
+    line = "turn the words around:"
+    for old, new, said in [
+        ("lr: 0.01", "lr: 0.02", "train.lr: 0.01 -> 0.02. "),
+        ("max_steps: 6", "max_steps: 8", "train.max_steps: 6 -> 8. "),
+        (line, "turn them", f"prefix.text: {line!r} -> 'turn them'. "),
+    ]:
+        before = file.read_text()
+        file.write_text(before.replace(old, new))
+        refused = refusal("train", file, *words, size=size, after_log=True)
+        assert refused.startswith(f"run.folder: {run}: belongs to another run: {said}")
+        file.write_text(before)
+    older_run(run)
+    (ended,) = command("train", file, *words)
+    assert ended.code == 0, ended.err
+    assert "medians" not in ended.err, "there was nothing left to do"
+
+
+def older_run(run):
+    """Its checkpoints do not say what they are of, nor its run.yaml whose it is."""
+    (run / "run.yaml").write_text(config_text(read_config(run / "run.yaml")))
+    found = latest(run)
+    state = {name: part for name, part in found.state.items() if name != "keys"}
+    save_checkpoint(run, found.step, found.tensors(), state)
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_run_does_not_go_on_with_other_data(place, run, tmp_path, size):
     lines = Path(read_config(run / "run.yaml").data.train).read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
@@ -71,8 +100,24 @@ def test_folders_that_cannot_be_a_run(place, tmp_path):
         line = refusal("train", place / "run.yaml", f"run.folder={folder}")
         assert line == f"run.folder: {folder}: {said}"
     assert contents(tmp_path / "mine") == {"thesis.txt"}
+    (tmp_path / "task").mkdir()
+    shutil.copyfile(place / "run.yaml", mine := tmp_path / "task" / "run.yaml")
+    for start, size in [(mine, 1), (place / "run.yaml", 2)]:
+        line = refusal("train", start, f"run.folder={mine.parent}", size=size)
+        assert "its run.yaml is not the copy that a run keeps, and would be written over; choose" in line
+        assert line.endswith(f"such as {mine.parent}/run")
+    assert mine.read_bytes() == (place / "run.yaml").read_bytes()
+    assert contents(mine.parent) == {"run.yaml"}
     line = refusal("generate", tmp_path / "mine", "--prompt", "x")
     assert line == f"{tmp_path}/mine: is no run folder: it has no run.yaml"
+
+
+def test_that_texts_are_longer_than_the_base_was_made_for_is_told_once(place, tmp_path):
+    words = [f"run.folder={tmp_path}/run", "data.max_length=256", "train.micro_batch_tokens=256"]
+    first, second = command("train", place / "run.yaml", *words, "train.max_steps=1", size=2)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert first.err.count("data.max_length: prefix and text may take ") == 1
+    assert not second.err
 
 
 def losing_numbers(rank):

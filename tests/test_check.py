@@ -111,6 +111,38 @@ def test_everything_that_is_wrong_is_told_at_once(run, tmp_path):
     assert len(set(lines)) == len(lines)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("model.name=./nope", "model.name: ./nope: there is no such folder"),
+        ("model.name={}", "model.name: {}: the folder has no config.json"),
+        ("model.tokenizer=a/b/c", "model.tokenizer: a/b/c: there is no such folder"),
+    ],
+)
+def test_one_mistake_is_told_once(run, tmp_path, word, said):
+    assert wrong(run(word.format(tmp_path))) == ["1 to mend:", f"  {said.format(tmp_path)}"]
+
+
+@pytest.mark.parametrize(
+    ("rotary", "longest"),
+    [
+        ({}, 2048),
+        ({"rope_type": "linear", "factor": 2.0}, 4096),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1500}, 3000),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_that_texts_are_longer_than_the_base_was_made_for_is_told(run, tmp_path, rotary, longest):
+    config = {"model_type": "llama", "rope_scaling": rotary or None, "max_position_embeddings": 2048}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    words = ["prefix.init=random", "prefix.length=8", f"data.max_length={longest - 8}"]
+    assert "warning" not in checked(run(*words))
+    page = checked(run(*words, "prefix.length=9"))
+    said = f"prefix and text may take {longest + 1} positions; llama was made for {longest} (max_position"
+    assert f"warning: data.max_length: {said}" in page
+    assert "Nothing is wrong." in page
+
+
 def test_a_prefix_that_could_not_start_is_told(run):
     text = "prefix.text=Count all of these, one after the other, and say the number:"
     lines = wrong(run(text, "prefix.length=10", "prefix.layers=[0, 99]"))

@@ -45,12 +45,12 @@ def test_the_page_has_numbers():
     ("word", "said"),
     [
         ("generate.temperature=1.0e-40", "generate.temperature: 1e-40: expected 0, or at least 1e-06"),
-        ("train.epochs=.inf", "train.epochs: inf: Input should be a finite number"),
-        ("train.lr=.nan", "train.lr: nan: Input should be a finite number"),
+        ("train.epochs=.inf", "train.epochs: inf: expected a finite number"),
+        ("train.lr=.nan", "train.lr: nan: expected a finite number"),
         ("train.betas=[1.5, 2.0]", "train.betas: [1.5, 2.0]: expected two numbers, from 0 and below 1"),
         ("train.betas=[0.9, 1]", "train.betas: [0.9, 1]: expected two numbers, from 0 and below 1"),
         ("train.betas=[-0.1, 0.9]", "train.betas: [-0.1, 0.9]: expected two numbers, from 0 and below 1"),
-        ("train.betas=[0.9, .nan]", "train.betas.1: nan: Input should be a finite number"),
+        ("train.betas=[0.9, .nan]", "train.betas.1: nan: expected a finite number"),
         (
             "train.seed=36893488147419103232",
             "train.seed: 36893488147419103232: expected less than 9223372036854775808",
@@ -61,8 +61,52 @@ def test_what_torch_and_numpy_would_break_at(word, said):
     assert said in refused(word)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        *(
+            (key, "~/zz", "a home folder differs by machine; write the whole path, without ~")
+            for key in ("run.folder", "model.name", "model.tokenizer", "engine.nvme_folder")
+        ),
+        ("run.folder", "", "expected some text"),
+    ],
+)
+def test_a_place_that_would_be_another_than_was_meant(key, value, said):
+    assert refused(f"{key}={value}").endswith(f"{key}: {value!r}: {said}")
+
+
+SOURCE = "expected a file, a glob or a hub id, or a list of files"
+LAYERS = "expected all, or a list of whole numbers"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prefix: {layers: 0}", f"prefix.layers: 0: {LAYERS}"),
+        ("prefix: {layers: [0.5]}", f"prefix.layers: [0.5]: {LAYERS}"),
+        ("data: {train: 5}", f"data.train: 5: {SOURCE}"),
+        ("data: {valid: [a, 1]}", f"data.valid: ['a', 1]: {SOURCE}"),
+        ("train: [a]", "train: ['a']: expected a section with keys"),
+        ("train: {max_steps: 1e3}", "train.max_steps: '1e3': expected a whole number"),
+        ("train: {lr: fast}", "train.lr: 'fast': expected a number"),
+        ("train: {lr: -1}", "train.lr: -1: expected at least 0"),
+        ("train: {betas: [0.9]}", "train.betas.1: [0.9]: expected two numbers"),
+        ("generate: {top_p: 2}", "generate.top_p: 2: expected at most 1"),
+        ("data: {chat: maybe}", "data.chat: 'maybe': expected true or false"),
+        ("model: {in_16_bits: lm_head}", "model.in_16_bits: 'lm_head': expected a list, as [a, b]"),
+        ("model: {config: llama}", "model.config: 'llama': expected keys with values, as {a: b}"),
+        ("model: {bits: 4}", "model.bits: 4: expected 16 or 8"),
+        ("mlflow: {tags: secret}", "mlflow.tags: expected keys with values, as {a: b}"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line_in_our_words(text, said):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    assert str(caught.value) == f"run.yaml:1: {said}"
+
+
 def test_a_conversation_is_in_a_field_that_has_a_name():
-    with pytest.raises(ConfigError, match=r":3: data\.messages: '': String should have at least 1 character"):
+    with pytest.raises(ConfigError, match=r":3: data\.messages: '': expected some text"):
         parse_config(f"{RUN}\ndata: {{messages: ''}}")
 
 

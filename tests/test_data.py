@@ -313,14 +313,19 @@ def test_a_file_that_cannot_be_used_is_one_line_with_its_place(tmp_path, capfd, 
         (".", "is a folder; name its files, for example ./*.jsonl"),
         ("there/gone", "no such file"),
         (["org/name", "org/other"], "a list may hold files only; a hub id stands alone"),
+        (["one.txt", "./one.txt"], "data.train: one.txt: is named twice; its records would be read twice"),
+        (["one.txt", "o*.txt"], "data.train: one.txt: is named twice; its records would be read twice"),
+        ("*.txt", "data.train: two.txt: is named twice (also as one.txt); its records would be read twice"),
         ("org/name?splt=train", "unknown parameter splt; known: split, revision, config"),
         ("org/name?split=", "split is empty"),
         ("org/name?revision=main&config=de-en&x=1", "unknown parameter x"),
     ],
 )
-def test_a_source_that_names_nothing_is_told(tmp_path, monkeypatch, source, said):
+def test_a_source_that_names_nothing_or_a_file_twice_is_told(tmp_path, monkeypatch, source, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "two.txt").symlink_to("one.txt")
     with pytest.raises(DataError) as error:
         read_records(source, "data.train")
     assert said in str(error.value)

@@ -242,7 +242,7 @@ def test_a_mistake_is_one_line(run, tmp_path):
     assert refused(f"data.test={blank}") == f"data.test: {blank}: no records"
     assert refused("data.test=null") == "data.test: missing; name a file or a hub id"
     line = refused("evaluate.scores=[rouge, rogue]")
-    assert "evaluate.scores.1: 'rogue': Input should be 'rouge', 'rouge1', 'rouge2', 'rougeL', 'bleu'" in line
+    assert "evaluate.scores.1: 'rogue': expected 'rouge', 'rouge1', 'rouge2', 'rougeL', 'bleu'" in line
     assert refused("--without-prefix", "--instruction").startswith("--without-prefix and --instruction: one")
     words = ["prefix.init=random", "prefix.length=3", "--instruction"]
     assert refused(*words) == "prefix.init: random: this run did not start from an instruction"

@@ -1,11 +1,13 @@
 """The starter file and the table of keys say all there is, and nothing else."""
 
 import re
+import shlex
 import stat
 
 import pytest
 import yaml
 
+from prefix_ds.cli import app
 from prefix_ds.config import RunConfig, parse_config
 from prefix_ds.config.listing import key_table, print_keys
 from prefix_ds.errors import RunError
@@ -61,6 +63,19 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         write_starter(tmp_path / "file")
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "Task.YML"])
+def test_a_file_is_no_folder_to_start_in(tmp_path, name):
+    with pytest.raises(RunError, match=rf"/{name}: expected a folder, in which run\.yaml is written"):
+        write_starter(tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_that_is_printed_can_be_called(tmp_path, capsys):
+    app(["init", str(tmp_path / "my task")], standalone_mode=False)
+    command = capsys.readouterr().out.partition("then: ")[2]
+    assert shlex.split(command) == ["prefix-ds", "check", f"{tmp_path}/my task/run.yaml"]
 
 
 def test_the_table_has_every_key_once_and_its_defaults_are_yaml():

@@ -249,7 +249,23 @@ def test_a_base_of_which_there_is_only_a_configuration(run_file, capsys):
     for term in ("shards", "gathered layers", "activations", "logits", "prefix", "optimizer", "total"):
         assert re.search(rf"│ {term} +│ +[0-9.]+", text), term
     assert "limited by" in text
+    assert "(4 nodes of 8), 1 micro-batch a step, each of 8 rows of 512 tokens behind 20 prefix" in text
     assert "tokens/s" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("{base}", r"model\.name: {base}: has no tokenizer that can be loaded .*; or give prefix\.length"),
+        ("./nope", r"model\.name: \./nope: there is no such folder"),
+    ],
+)
+def test_a_prefix_as_long_as_its_text_needs_a_tokenizer(run_file, name, said):
+    base = run_file.parent / "base"
+    words = ["plan", str(run_file), "prefix.length=null", f"model.name={name.format(base=base)}"]
+    with pytest.raises(ModelError) as error:
+        app(words, standalone_mode=False)
+    assert re.fullmatch(said.format(base=re.escape(str(base))), str(error.value))
 
 
 def test_the_same_for_programs(run_file, capsys):
@@ -269,6 +285,19 @@ def test_what_is_computed_again_is_not_gathered_again(run_file, capsys):
     """A layer comes once for each pass."""
     plain, other = json.loads(told(capsys, "plan", run_file, "--json"))["estimates"].values()
     assert other["traffic"]["gathered_bytes"] < 1.02 * plain["traffic"]["gathered_bytes"]
+
+
+def test_one_is_not_several(run_file, capsys):
+    device = ["--link-gbps=1", "--memory-gib=80", "--tflops=989"]
+    text = told(capsys, "plan", run_file, "train.global_batch_size=8", "prefix.length=1", *device)
+    assert "(1 node of 8), 1 micro-batch a step, each of 1 row of 512 tokens behind 1 prefix pos" in text
+    assert "note: the links of the node take " in text
+
+
+@pytest.mark.parametrize(("dtype", "is_told"), [("float32", True), ("bfloat16", False)])
+def test_that_float32_takes_longer_than_planned_is_told(run_file, capsys, dtype, is_told):
+    notes = json.loads(told(capsys, "plan", run_file, f"model.dtype={dtype}", "--json"))["notes"]
+    assert any("the times are those of bfloat16" in note for note in notes) == is_told
 
 
 def test_ways_are_what_a_plan_of_them_says(run_file, capsys):
@@ -404,7 +433,7 @@ def test_all_ranks_do_what_fits_the_one_with_the_least_memory(tmp_path):
 
 
 def test_devices_without_work_are_told(run_file, capsys):
-    assert "leave 256 of 512 devices without any" in " ".join(
+    assert "leaves 256 of 512 devices without an example" in " ".join(
         told(capsys, "plan", run_file, "--nodes", 64).split()
     )
 

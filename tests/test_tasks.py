@@ -71,7 +71,7 @@ def test_in_a_chat_a_task_asks_and_begins_no_sentence(task):
 def test_a_task_reads_data_chat_as_the_page_does(word):
     config = parse_config(run_file(data={"task": "summarization"}), [word])
     assert config.data.target.startswith(" ") != config.data.chat
-    with pytest.raises(ConfigError, match=r"data\.chat: 'maybe': Input should be a valid boolean"):
+    with pytest.raises(ConfigError, match=r"data\.chat: 'maybe': expected true or false"):
         parse_config(run_file(data={"task": "summarization", "chat": "maybe"}))
 
 
@@ -108,18 +108,18 @@ def test_a_finished_run_can_be_scored_as_a_task():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["data.task=summarisation"], "data.task: 'summarisation': Input should be 'summarization', "),
+        (["data.task=summarisation"], "data.task: 'summarisation': expected 'summarization', "),
         (
             ["evaluate.scores=rogue"],
-            "evaluate.scores.0: 'rogue': Input should be 'rouge', 'rouge1', 'rouge2', ",
+            "evaluate.scores.0: 'rogue': expected 'rouge', 'rouge1', 'rouge2', ",
         ),
         (
             ["evaluate.scores=[bleu, rogue]"],
-            "evaluate.scores.1: 'rogue': Input should be 'rouge', 'rouge1', ",
+            "evaluate.scores.1: 'rogue': expected 'rouge', 'rouge1', ",
         ),
         (
             ["evaluate.best_by=rouge", "evaluate.every=1"],
-            "evaluate.best_by: 'rouge': Input should be 'loss', ",
+            "evaluate.best_by: 'rouge': expected 'loss', ",
         ),
         (["evaluate.best_by=bleu"], "evaluate.best_by: bleu is known only from evaluations while training"),
         (["evaluate.every=5"], "evaluate.every: there is nothing to write for; set data.valid"),

@@ -12,7 +12,7 @@ from prefix_ds.config.keys import (
     RunKeys,
     TrainKeys,
 )
-from prefix_ds.config.reading import config_text, differing_keys, parse_config, read_config
+from prefix_ds.config.reading import config_text, differing_keys, fixed_keys, parse_config, read_config
 
 __all__ = [
     "DataKeys",
@@ -27,6 +27,7 @@ __all__ = [
     "TrainKeys",
     "config_text",
     "differing_keys",
+    "fixed_keys",
     "parse_config",
     "read_config",
 ]

@@ -50,6 +50,13 @@ class Section(BaseModel):
         return value
 
 
+def _names_no_home(value: str | None) -> str | None:
+    """A home is another folder on each machine that a run moves to."""
+    if value is not None and value.startswith("~"):
+        raise PydanticCustomError("home", "a home folder differs by machine; write the whole path, without ~")
+    return value
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -89,6 +96,8 @@ class ModelKeys(Section):
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the base")
 
+    _places = field_validator("name", "tokenizer")(_names_no_home)
+
     @field_validator("recompute", mode="before")
     @classmethod
     def _recompute_is_one_of(cls, value: Any) -> Any:
@@ -120,6 +129,14 @@ class PrefixKeys(Section):
     layers: Literal["all"] | list[int] = key(
         "all", "attention layers that get a prefix, counted from 0; -1 is the last"
     )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_all_or_some(cls, value: Any) -> Any:
+        """Told in one line, as of `recompute`."""
+        if value == "all" or (isinstance(value, list) and all(type(layer) is int for layer in value)):
+            return value
+        raise PydanticCustomError("layers", "expected all, or a list of whole numbers")
 
 
 class DataKeys(Section):
@@ -154,6 +171,15 @@ class DataKeys(Section):
     )
     packing: bool = key(True, "several examples in one row, which do not see each other", free=True)
     workers: int = key(1, "processes that tokenise", ge=1, free=True)
+
+    @field_validator("train", "valid", "test", mode="before")
+    @classmethod
+    def _sources_are_texts(cls, value: Any) -> Any:
+        """Told in one line, as of `recompute`."""
+        names = value if isinstance(value, list) else [] if value is None else [value]
+        if all(isinstance(name, str) for name in names):
+            return value
+        raise PydanticCustomError("source", "expected a file, a glob or a hub id, or a list of files")
 
     @property
     def is_chat(self) -> bool:
@@ -199,15 +225,19 @@ class EngineKeys(Section):
         None, "a folder on a disk of each host, for presets that keep the base there", free=True
     )
 
+    _places = field_validator("nvme_folder")(_names_no_home)
+
 
 class RunKeys(Section):
     """Where the run lives, and its cadences in steps (0: never)."""
 
-    folder: str = key("runs/default", "the run folder", free=True)
+    folder: str = key("runs/default", "the run folder", free=True, min_length=1)
     log_every: int = key(10, "steps between two lines of metrics", ge=1, free=True)
     valid_every: int = key(100, "steps between two validations; the last step always has one", ge=0)
     save_every: int = key(100, "steps between two checkpoints; the last step always has one", ge=0, free=True)
     keep: int = key(2, "checkpoints kept", ge=1, free=True)
+
+    _places = field_validator("folder")(_names_no_home)
 
 
 class MlflowKeys(Section):

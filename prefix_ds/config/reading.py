@@ -8,7 +8,7 @@ Knows nothing of what the keys mean.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
@@ -23,6 +23,30 @@ from prefix_ds.errors import ConfigError, is_unicode
 
 Place = tuple[str | int, ...]
 
+# What is told of a mistake, by the name that pydantic has for it; of the others its words, with these put in.
+_EXPECTED = {
+    "model_type": "a section with keys",
+    "string_type": "text",
+    "string_too_short": "some text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list, as [a, b]",
+    "tuple_type": "two numbers",
+    "missing": "two numbers",
+    "too_long": "two numbers",
+    "dict_type": "keys with values, as {a: b}",
+}
+_PHRASES = {
+    "Input should be": "expected",
+    "greater than or equal to": "at least",
+    "greater than": "more than",
+    "less than or equal to": "at most",
+}
 _SECRET_SECTIONS = ("mlflow",)  # passwords and tokens stand there: no message shows its values
 
 
@@ -52,14 +76,16 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
-def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Lines `section.key: old -> new` for the keys that change what a run computes; not the free ones."""
-    rows = [
-        (f"{section}.{name}", getattr(getattr(old, section), name), getattr(getattr(new, section), name))
-        for section, name, free in _all_keys()
-        if not free
-    ]
-    return [f"{key}: {before!r} -> {after!r}" for key, before, after in rows if before != after]
+def fixed_keys(config: RunConfig) -> dict[str, Any]:
+    """What changes what a run computes, as JSON has it, by `section.key`; not the free keys."""
+    tree = config.model_dump(mode="json")
+    return {f"{section}.{name}": tree[section][name] for section, name, free in _all_keys() if not free}
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `section.key: old -> new` for those of `fixed_keys` that both have, and not alike."""
+    both = [(key, before, new[key]) for key, before in old.items() if key in new]
+    return [f"{key}: {before!r} -> {after!r}" for key, before, after in both if before != after]
 
 
 def _all_keys() -> Iterator[tuple[str, str, bool]]:
@@ -152,7 +178,16 @@ def _explain(error: ErrorDetails, source: str, lines: dict[Place, str]) -> str:
         own = tuple(message.partition(":")[0].split("."))
         return f"{lines.get(own, source)}: {message}"
     found = "" if place[0] in _SECRET_SECTIONS else f"{error['input']!r}: "
-    return f"{where}: {_dotted(place)}: {found}{error['msg']}"
+    return f"{where}: {_dotted(place)}: {found}{_expected(error)}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[error['type']]}"
+    text = error["msg"]
+    for theirs, ours in _PHRASES.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 def _dotted(place: Place) -> str:

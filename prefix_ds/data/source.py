@@ -13,7 +13,7 @@ import glob
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,8 @@ def _content(path: Path) -> tuple[str, int, str]:
 def read_records(source: Source, key: str) -> Records:
     """The records of a source; `key` is where run.yaml names it (data.train), for messages.
 
-    Raises DataError, of one line, for a file that is missing, empty, of an unknown kind or broken, for a hub
-    id that cannot be had, and for no records at all.
+    Raises DataError, of one line, for a file that is missing, empty, of an unknown kind, broken or named
+    twice, for a hub id that cannot be had, and for no records at all.
     """
     items = [source] if isinstance(source, str) else source
     hub_id = _hub_id(items, key)
@@ -100,6 +100,7 @@ def read_records(source: Source, key: str) -> Records:
         names, theirs = (str(hub_id),), dataset._fingerprint
         return Records(key, _cached(key, theirs, names=names, dataset=dataset), names, theirs)
     paths = tuple(path for item in items for path in named_files(item, key))
+    _refuse_twice(paths, key)
     return Records(key, _cached(key, [_stamp(path) for path in paths], names=paths), paths)
 
 
@@ -147,6 +148,16 @@ def _files(item: str, key: str) -> list[str]:
         what = "no file matches" if glob.has_magic(item) else "no such file"
         raise DataError(f"{key}: {item}: {what} (looked in {Path.cwd()})")
     return found
+
+
+def _refuse_twice(paths: Sequence[str], key: str) -> None:
+    seen: dict[Path, str] = {}
+    for path in paths:
+        real = Path(path).resolve()
+        if real in seen:
+            also = "" if seen[real] == path else f" (also as {seen[real]})"
+            raise DataError(f"{key}: {path}: is named twice{also}; its records would be read twice")
+        seen[real] = path
 
 
 def _check_file(path: str, key: str) -> None:

@@ -24,6 +24,7 @@ from prefix_ds.int8 import stored_in_8_bits
 from prefix_ds.loading.complaints import config_errors, library_errors, one_line, place
 from prefix_ds.loading.files import stored_tensors
 from prefix_ds.loading.prequantised import check_storage, dequantised
+from prefix_ds.loading.vetting import check_place
 from prefix_ds.promise import Promise, kept, same_numbers
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,9 @@ def load_tokenizer(keys: ModelKeys, data: DataKeys) -> Any:
     """
     from transformers import AutoTokenizer
 
-    name = str(keys.tokenizer or keys.name)
-    where = place("model.tokenizer" if keys.tokenizer else "model.name", name)
+    key, name = "model.tokenizer" if keys.tokenizer else "model.name", str(keys.tokenizer or keys.name)
+    check_place(key, name)
+    where = place(key, name)
     with library_errors(f"{where}: has no tokenizer that can be loaded (model.tokenizer can name another)"):
         tokenizer = AutoTokenizer.from_pretrained(
             name,

@@ -54,7 +54,7 @@ def base_config(keys: ModelKeys) -> Any:
     if not keys.name:
         check_new(keys)
         return AutoConfig.for_model(**keys.config)
-    _check_place(keys.name)
+    _check_base(keys.name)
     with library_errors(place("model.name", str(keys.name))):
         return AutoConfig.from_pretrained(
             keys.name, revision=keys.revision, trust_remote_code=keys.trust_remote_code
@@ -68,7 +68,7 @@ def check_folder(keys: ModelKeys) -> None:
     """
     name = keys.name or ""
     folder = Path(name)
-    _check_place(name)
+    _check_base(name)
     if not folder.is_dir():
         return
     if not any(folder.glob("*.safetensors")):
@@ -78,10 +78,13 @@ def check_folder(keys: ModelKeys) -> None:
     stored_tensors(keys)
 
 
-def _check_place(name: str) -> None:
-    """Raises ModelError for a name that means a folder, where no base is."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+def check_place(key: str, name: str) -> None:
+    """Raises ModelError for a name that means a folder, where there is none."""
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise ModelError(f"{key}: {name}: there is no such folder")
+
+
+def _check_base(name: str) -> None:
+    check_place("model.name", name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"model.name: {name}: the folder has no config.json")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"model.name: {name}: there is no such folder")

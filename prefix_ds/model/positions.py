@@ -72,6 +72,29 @@ def check_length(base: Any, num_positions: int, key: str) -> None:
         )
 
 
+def beyond_training(base: Any, num_positions: int, key: str) -> str | None:
+    """A line that names `key`, where the base has rotary positions and was made for fewer."""
+    limit = _num_rotary(base.config.get_text_config(decoder=True))
+    if limit is None or num_positions <= limit:
+        return None
+    return (
+        f"{key}: prefix and text may take {num_positions} positions; {family_of(base)} was made for {limit} "
+        "(max_position_embeddings), and may fail beyond"
+    )
+
+
+def _num_rotary(config: Any) -> int | None:
+    """As many as are said, or what a factor makes of them; None where that is not known."""
+    limit, rotary = (getattr(config, key, None) for key in ("max_position_embeddings", "rope_parameters"))
+    if not limit or not rotary:
+        return None
+    kinds = [kind for kind in rotary.values() if isinstance(kind, dict)] or [rotary]  # by kind of layer
+    stretched = [
+        (kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or limit) for kind in kinds
+    ]
+    return int(max(limit, *stretched))
+
+
 def _parameters(module: nn.Module) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
 

@@ -108,8 +108,13 @@ def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> It
     idle = job.num_devices - config.train.global_batch_size
     if idle > 0:
         yield (
-            f"train.global_batch_size: {config.train.global_batch_size} examples a step leave {idle:,} of "
-            f"{job.num_devices:,} devices without any: use fewer devices, or raise it"
+            f"train.global_batch_size: {config.train.global_batch_size} leaves {idle:,} of "
+            f"{job.num_devices:,} devices without an example: use fewer devices, or raise it"
+        )
+    if config.model.dtype == "float32" and device.kind != "cpu":
+        yield (
+            "model.dtype: float32: the times are those of bfloat16, and products in float32 take many times "
+            "longer on a GPU: use bfloat16"
         )
     if config.engine.nvme_folder:
         yield "how fast the disks are is not in this plan, and they may be slower than all the rest"
@@ -118,8 +123,9 @@ def warnings(config: RunConfig, job: Job, device: Device, found: Estimate) -> It
     room = found.seconds["arithmetic"]
     if found.step_seconds > 1.5 * room and not idle > 0:
         halved = ", and model.bits=8 halves what is gathered" if _may_take_8_bits(config) else ""
+        verb = "take" if found.limit.startswith("links") else "takes"
         yield (
-            f"the {found.limit} takes {found.step_seconds / room:.1f} times as long as the arithmetic: a "
+            f"the {found.limit} {verb} {found.step_seconds / room:.1f} times as long as the arithmetic: a "
             "higher train.micro_batch_tokens, and as many more examples in train.global_batch_size, gather "
             f"the base less often a token; so do fewer devices{halved}"
         )

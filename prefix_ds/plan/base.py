@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_ds.config import ModelKeys, RunConfig
+from prefix_ds.errors import ModelError
 from prefix_ds.initial import text_tokens
 from prefix_ds.int8 import stored_in_8_bits
 from prefix_ds.loading import base_config, load_tokenizer
@@ -57,4 +58,9 @@ def prefix_length(config: RunConfig) -> int:
         return 0
     if config.prefix.length is not None:
         return config.prefix.length
-    return len(text_tokens(load_tokenizer(config.model, config.data), config.prefix.text or "", None))
+    base_config(config.model)  # what is wrong with the base is told first
+    try:
+        tokenizer = load_tokenizer(config.model, config.data)
+    except ModelError as error:
+        raise ModelError(f"{error}; or give prefix.length") from error
+    return len(text_tokens(tokenizer, config.prefix.text or "", None))

@@ -34,9 +34,10 @@ def show(console: Console, plan: Plan) -> None:
     shape, job, device = plan.step.shape, plan.job, plan.device
     name = plan.config.model.name or plan.config.model.config.get("model_type")
     console.print(
-        f"{name}: {job.num_devices:,} x {device.name} ({job.nodes:,} nodes of {job.devices_per_node}), "
-        f"{plan.step.micro_batches} micro-batches a step, each of {shape.rows} rows of {shape.length:,} "
-        f"tokens behind {shape.prefix_length} prefix positions",
+        f"{name}: {job.num_devices:,} x {device.name} ({_many(job.nodes, 'node')} of "
+        f"{job.devices_per_node}), {_many(plan.step.micro_batches, 'micro-batch', 'es')} a step, each of "
+        f"{_many(shape.rows, 'row')} of {_many(shape.length, 'token')} behind "
+        f"{_many(shape.prefix_length, 'prefix position')}",
         soft_wrap=True,
     )
     columns = {_label(words): estimate for words, estimate in plan.columns.items()}
@@ -46,12 +47,16 @@ def show(console: Console, plan: Plan) -> None:
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(
-        f"Assumed: examples of {job.example_tokens:,} tokens, {job.target_part:.0%} of them targets; "
+        f"Assumed: examples of {_many(job.example_tokens, 'token')}, {job.target_part:.0%} of them targets; "
         f"{COMPUTE_PART:.0%} of the peak in products, {LINK_PART:.0%} of the links; transfers overlap with "
         "arithmetic. Memory and traffic follow the run's own code and DeepSpeed's rules.",
         style="dim",
         soft_wrap=True,
     )
+
+
+def _many(number: int, word: str, ending: str = "s") -> str:
+    return f"{number:,} {word}{'' if number == 1 else ending}"
 
 
 def _label(overrides: tuple[str, ...]) -> str:
