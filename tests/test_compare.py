@@ -758,6 +758,19 @@ def test_a_server_knows_what_an_evaluation_read(server: MlflowServer, tmp_path: 
     assert "hub://***@elsewhere" in warning
 
 
+def test_a_server_shows_no_scores_of_an_earlier_evaluation(server: MlflowServer, tmp_path: Path) -> None:
+    """A metric cannot be taken back; of a run that has no tag of its scores all are shown."""
+    rouge, bleu = ({name: SCORES[name]} for name in ("rougeL", "bleu"))
+    told = [(40, evaluation_metrics("test", 1.7, rouge)), (40, evaluation_metrics("test", 1.8, bleu))]
+    run = made_run(tmp_path, "a", more=told, experiment="again")
+    evaluated(run, "test", 1.8, bleu, "other.jsonl")
+    sync_run(run, server.uri)
+    assert plain(of_mlflow(server.uri, "again")) == plain(of_folders(tmp_path))
+    older = made_run(tmp_path, "b", more=told, experiment="before")
+    sync_run(older, server.uri)
+    assert {"test/rougeL", "test/bleu"} <= row(of_mlflow(server.uri, "before"), "b").values.keys()
+
+
 def test_a_server_knows_what_is_outdated_chosen_and_written(server: MlflowServer, tmp_path: Path) -> None:
     told = [*CHRF, (20, evaluation_metrics("test", 1.7, SCORES))]
     stale = made_run(tmp_path, "stale", more=told, experiment="told", targets=1000)

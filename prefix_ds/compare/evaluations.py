@@ -18,6 +18,7 @@ from prefix_ds.verdicts import Mark, Verdict, read_verdicts
 _FOLDER = "evaluate"
 _KINDS = {"bare": "base", "instruction": "instruction"}  # by what stands behind the split
 _BOUNDS = ("low", "high")
+_ALWAYS = ("loss", "perplexity")  # what every evaluation finds
 
 
 @dataclass
@@ -85,7 +86,9 @@ def told_evaluations(metrics: Mapping[str, float], tags: Mapping[str, str], now:
     found, tagged = Evaluations(), tagged_evaluations(tags)
     for name, values in scores.items():
         told = tagged.get(name, Told())
-        found.add(name, values, told, is_outdated=told.mark.is_other_than(now))
+        made = values if told.scores is None else {*_ALWAYS, *told.scores.split()}
+        latest = {score: value for score, value in values.items() if score in made}
+        found.add(name, latest, told, is_outdated=told.mark.is_other_than(now))
     return found
 
 

@@ -4,6 +4,7 @@
     evaluate.test.step           the step of what was evaluated: a run may go on afterwards
     evaluate.test.records        how many there were; and the tokens that the loss is a mean over (targets)
     evaluate.test.generate       how outputs were written, where there are scores of them
+    evaluate.test.scores         which there are: metrics of earlier evaluations of the split stay beside them
     evaluate.test.bare.data      the same of the base with nothing in front
 
 Knows nothing of MLflow or of scores.
@@ -31,6 +32,7 @@ class Told:
     records: int = 0
     targets: int = 0
     generate: str = ""
+    scores: str | None = None  # their names
 
     @property
     def mark(self) -> Mark:
@@ -42,7 +44,8 @@ def told_of(verdict: Verdict) -> Told:
     """What a verdict was of."""
     data = verdict.data or ""
     source = masked(data if isinstance(data, str) else json.dumps(data))
-    return Told(source, verdict.step, verdict.records, verdict.targets, _written(verdict))
+    scores = " ".join(verdict.scores)
+    return Told(source, verdict.step, verdict.records, verdict.targets, _written(verdict), scores)
 
 
 def evaluation_tags(run: Path) -> dict[str, str]:
@@ -73,7 +76,7 @@ def _text(value: str | int | None) -> str:
 
 
 def _value(fact: str, text: str) -> str | int | None:
-    if fact in ("data", "generate"):
+    if fact in ("data", "generate", "scores"):
         return text
     return int(text) if fact in ("step", "records", "targets") and text.isdecimal() else None
 
