@@ -35,7 +35,8 @@ from prefix_ds.compare.rows import Row
 from prefix_ds.compare.seen import Value
 from prefix_ds.compare.table import show
 from prefix_ds.errors import RunError, printable
-from prefix_ds.tracking import sync_run, told_mark
+from prefix_ds.tracking import sync_run, tagged_evaluations, told_mark
+from prefix_ds.tracking.evaluated import evaluation_tags
 from prefix_ds.verdicts import present_verdicts
 from tests.browser import PROGRAM, Tab, opened
 from tests.compared import (
@@ -346,6 +347,42 @@ def test_scores_of_seeds_on_different_data_have_no_mean(tmp_path: Path) -> None:
     assert found.values["valid/loss"].value == 2.5
     assert "test/loss" not in found.values
     assert found.notes == ["scores of different data"]
+
+
+CHANGED = {
+    "test": {"data.references": " {short}"},
+    "test.bare": {"model.name": "acme/other", "data.references": None},
+    "test.instruction": {"prefix.text": "Be brief:" + "!" * 3000},
+}
+
+
+def test_an_evaluation_with_keys_of_its_own_is_not_taken_for_one_with_the_runs(tmp_path: Path) -> None:
+    evaluated(made_run(tmp_path, "own"), "test", 1.0, {"bleu": (10.0, 9.0, 11.0)})
+    run = made_run(tmp_path, "told", "data.references= {goals}", "train.lr=1")
+    for name, changed in CHANGED.items():
+        value = 90.0 if name == "test" else 5.0
+        evaluated(run, name, 1.0, {"bleu": (value, value - 1, value + 1)}, changed=changed)
+    tagged = tagged_evaluations(evaluation_tags(run))
+    assert {name: list(told.changed) for name, told in tagged.items()} == {
+        name: list(changed) for name, changed in CHANGED.items()
+    }
+    comparison = of_folders(tmp_path, by="bleu")
+    assert {"own", "told"} <= set(best(comparison)), "other references are other data"
+    assert "test/bleu" in row(comparison, "bare base acme/other").values
+    assert "test/bleu" not in row(comparison, "instruction alone: Say it in short:").values
+    assert any(name.startswith("instruction alone: Be brief:!!") for name in names(comparison))
+    assert "told: evaluated (test) with data.references= {short}, not its own" in comparison.warnings
+    told = "told: evaluated (test, base) with data.references=, model.name=acme/other, not its own"
+    assert told in comparison.warnings
+
+
+def test_seeds_that_were_evaluated_with_different_keys_have_no_mean(tmp_path: Path) -> None:
+    for seed, changed in enumerate(({}, {"model.bits": "8"})):
+        run = made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}")
+        evaluated(run, "test", 1.0 + seed, {}, changed=changed)
+    found = row(of_folders(tmp_path), "a")
+    assert "test/loss" not in found.values
+    assert found.notes == ["scores with different keys"]
 
 
 # What is no longer true

@@ -33,6 +33,7 @@ KEYS = [
     "step",
     "sha256",
     "data",
+    "changed",
     "records",
     "targets",
     "loss",
@@ -100,6 +101,7 @@ def test_the_summary_has_its_keys_and_its_sums(run, whole):
     summary, rows, said = whole
     assert list(summary) == KEYS
     assert summary["data"] == f"{run.parent}/test.jsonl"
+    assert summary["changed"] == {"data.references": " {goals}"}
     assert (summary["split"], summary["records"]) == ("test", len(RECORDS))
     told = json.loads((run / "prefix" / "prefix.json").read_text())
     assert (summary["step"], summary["sha256"]) == (told["step"], told["sha256"])
@@ -198,6 +200,14 @@ def test_the_instruction_has_the_loss_that_training_started_with(run, evaluated)
     words[2] = "--without-prefix"
     bare, _, _ = evaluated(*words, name="valid.bare")
     assert bare["loss"] != pytest.approx(summary["loss"], rel=1e-3)
+
+
+def test_the_keys_that_numbers_come_from_are_kept_without_secrets(evaluated):
+    words = ["prefix.text=use sk-abcdefghijklmnop", "data.packing=false", "generate.max_new_tokens=5"]
+    for front, changed in (("--instruction", {"prefix.text": "use ***"}), ("--without-prefix", {})):
+        name = "valid.instruction" if changed else "valid.bare"
+        summary, _, _ = evaluated("--split", "valid", front, "evaluate.scores=[]", *words, name=name)
+        assert summary["changed"] == changed
 
 
 def test_the_bare_base_writes_what_generate_writes_without_a_prefix(run, evaluated, tmp_path):

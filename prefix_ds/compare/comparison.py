@@ -24,7 +24,7 @@ from prefix_ds.compare.letters import (
     runs_text,
 )
 from prefix_ds.compare.rows import Row, computed, rows_over_seeds, run_row
-from prefix_ds.compare.seen import Seen
+from prefix_ds.compare.seen import DataSet, Reading, Seen
 from prefix_ds.compare.untrained import untrained_rows
 from prefix_ds.errors import RunError
 
@@ -145,6 +145,7 @@ def _warnings(runs: Sequence[Seen], letter_of: Letters, measured: Collection[Bas
     lines = [data_line(basis, runs, letter_of) for basis in BASES if basis in measured]
     lines += [_written_line(split, runs) for split in SPLITS]
     lines += [f"{run.name}: its result is gone ({run.place})" for run in runs if run.result_is_gone]
+    lines += [_changed_line(run, *read) for run in runs for read in run.evaluated.items() if read[1].changed]
     lines += [_outdated_line(run) for run in runs if run.outdated]
     return [line for line in dict.fromkeys(lines) if line]
 
@@ -155,6 +156,11 @@ def _written_line(split: str, runs: Sequence[Seen]) -> str:
     counts = Counter(text for texts in ways for text in sorted(texts))
     told = "; ".join(f"{text}, {runs_text(count)}" for text, count in counts.items())
     return f"outputs for {SPLITS[split]} were written differently: {told}" if len(counts) > 1 else ""
+
+
+def _changed_line(run: Seen, reading: Reading, data: DataSet) -> str:
+    where, words = ", ".join(filter(None, reading)), [f"{key}={text or ''}" for key, text in data.changed]
+    return f"{run.name}: evaluated ({where}) with {', '.join(words)}, not its own"
 
 
 def _outdated_line(run: Seen) -> str:

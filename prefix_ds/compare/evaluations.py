@@ -60,9 +60,9 @@ def _reading(name: str) -> Reading:
 
 def _data(told: Told, known: DataSet | None) -> DataSet:
     data = DataSet(told.data, records=told.records, targets=told.targets)
-    if known is None or known.source != told.data or not known.may_be(data):
-        return data
-    return replace(known, records=told.records, targets=told.targets or known.targets)
+    if known is not None and known.source == told.data and known.may_be(data):
+        data = replace(known, records=told.records, targets=told.targets or known.targets)
+    return replace(data, changed=tuple(sorted(told.changed.items())))
 
 
 def read_evaluations(run: Path, now: Mark) -> Evaluations:

@@ -124,6 +124,8 @@ def _apart(measure: str, runs: Sequence[Seen]) -> str:
         return ""
     having = [run for run in runs if measure in run.values]
     read = {data for run in having if (data := measured_on(run, measure)) is not None}
+    if len({data.changed for data in read}) > 1:
+        return "with different keys"
     if not all(one.may_be(other) for one in read for other in read):
         return "of different data"
     written = {text for run in having if (text := run.written.get((split, "")))}
