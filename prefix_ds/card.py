@@ -19,6 +19,12 @@ from prefix_ds.verdicts import Verdict, front_of
 
 _OF = {"": "the trained prefix", "bare": "the bare base", "instruction": "the instruction alone"}
 _TRAIN_KEYS = ("global_batch_size", "lr", "warmup_steps", "schedule", "weight_decay", "clip_norm", "seed")
+_IMPORTED = {
+    "model": ("tokenizer", "trust_remote_code", "dtype"),
+    "data": ("chat_options", "max_length"),
+    "generate": ("max_new_tokens", "num_beams", "temperature", "top_p"),
+}
+_DEFAULT = RunConfig.model_construct()
 _SCORE_HEAD = ("of", "split", "records", "score", "value")
 
 
@@ -168,17 +174,17 @@ With prefix-ds: `{_importing(config)}`, then `prefix-ds generate RUN --prompt TE
 
 
 def _importing(config: RunConfig) -> str:
-    """With the keys without which a prompt would be read in another way; an adapter does not hold them."""
-    data, model, tokens = config.data, config.model, TrainKeys().micro_batch_tokens
-    told: dict[str, object] = {"model.tokenizer": model.tokenizer} if model.tokenizer else {}
-    told |= {"model.trust_remote_code": True} if model.trust_remote_code else {}
-    told |= {"data.chat": True} if data.is_chat else {}
-    default = DataKeys()
-    told |= {
-        f"data.{name}": getattr(data, name)
-        for name in ("chat_options", "max_length")
-        if getattr(data, name) != getattr(default, name)
-    }
+    """With the keys without which a prompt would be read, or an answer written, in another way; an adapter
+    does not hold them."""
+    data, tokens = config.data, TrainKeys().micro_batch_tokens
+    told: dict[str, object] = {"data.chat": True} if data.is_chat else {}
+    for section, names in _IMPORTED.items():
+        keys, default = getattr(config, section), getattr(_DEFAULT, section)
+        told |= {
+            f"{section}.{name}": getattr(keys, name)
+            for name in names
+            if getattr(keys, name) != getattr(default, name)
+        }
     told |= {"train.micro_batch_tokens": data.max_length} if data.max_length > tokens else {}  # one must fit
     texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in told.values()]
     words = map("=".join, zip(told, texts, strict=True))

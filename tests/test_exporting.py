@@ -141,6 +141,16 @@ def test_a_card_opens_the_tokenizer_and_the_code_that_the_run_had():
     assert snippet_of(text).count(", trust_remote_code=True") == 2
 
 
+def test_a_card_imports_the_number_format_and_how_answers_are_written():
+    keys = {"max_new_tokens": 96, "num_beams": 4, "temperature": 0.7, "top_p": 0.9}
+    config = imported_as(
+        card_of("model.dtype=float32", *(f"generate.{name}={v}" for name, v in keys.items()))
+    )
+    assert config.model.dtype == "float32"
+    assert {name: getattr(config.generate, name) for name in keys} == keys
+    assert "`prefix-ds import THIS_FOLDER RUN`" in card_of()
+
+
 def test_a_card_samples_where_the_run_does():
     code = snippet_of(card_of("generate.temperature=0.7", "generate.top_p=0.9"))
     assert "do_sample=True, temperature=0.7, top_p=0.9, top_k=0)" in code
