@@ -4,8 +4,8 @@
     evaluate.test.step           the step of what was evaluated: a run may go on afterwards
     evaluate.test.records        how many there were; and the tokens that the loss is a mean over (targets)
     evaluate.test.generate       how outputs were written, where there are scores of them
-    evaluate.test.changed        the keys that it was told otherwise than run.yaml has them, as JSON
     evaluate.test.scores         which there are: metrics of earlier evaluations of the split stay beside them
+    evaluate.test.changed        the keys that it was told otherwise than run.yaml has them, as JSON
     evaluate.test.bare.data      the same of the base with nothing in front
 
 Knows nothing of MLflow or of scores.
@@ -87,7 +87,7 @@ def _text(value: str | int | Mapping[str, str | None] | None) -> str:
 
 def _value(fact: str, text: str) -> str | int | dict[str, str | None] | None:
     if fact == "changed":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             return dict(json.loads(text))
         return None
     if fact in ("data", "generate", "scores"):
