@@ -174,6 +174,8 @@ def test_a_card_loads_a_base_by_its_whole_path_and_leaves_its_authors_settings_o
 def test_words_that_do_not_go_together(run, tmp_path):
     out = tmp_path / "out"
     assert refusal("export", run, out, "--uri", "http://x") == "export: --uri goes with --mlflow NAME"
+    line = refusal("export", run, "mlflow.uri=http://bob:hunter2@x")
+    assert line == "export: mlflow.uri=...: keys to change go with --mlflow NAME; else OUT is named last"
     assert refusal("export", "--merge", run, out) == "export --merge: expected RUN RUN... OUT"
 
 
