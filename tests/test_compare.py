@@ -662,6 +662,17 @@ def test_runs_are_found_one_folder_below(tmp_path: Path) -> None:
     assert names(of_folders(tmp_path, tmp_path / "0000"))[0] == "a"
 
 
+@pytest.mark.parametrize("place", [".", "runs"])
+def test_a_folder_where_a_run_was_described_hides_no_run(tmp_path: Path, place: str) -> None:
+    (tmp_path / "runs").mkdir()
+    text = (made_run(tmp_path / "runs", "a") / "run.yaml").read_text()
+    (tmp_path / place / "run.yaml").write_text(text)
+    assert names(of_folders(tmp_path / place))[0] == "a"
+    shutil.rmtree(tmp_path / "runs" / "0000")
+    (run,) = of_folders(tmp_path / place).runs
+    assert run.notes == ["no metrics yet", "not ended"], "it may be about to begin"
+
+
 def said(*words: object, code: int = 2, cwd: Path = ROOT) -> str:
     """What the command says on the error stream; it ends with `code`, and with one line for a mistake."""
     command = [sys.executable, "-m", "prefix_ds", "compare", *map(str, words)]
@@ -692,8 +703,14 @@ def test_files_that_are_broken_are_named(tmp_path: Path) -> None:
     evaluated(run, "test", 1.0, {})
     (run / "evaluate" / "test.json").write_text('{"scores": {"a": 3}')
     (run / "evaluate" / ".tmp-test.json").write_text("{")  # one that is being written
-    with pytest.raises(RunError, match=r"evaluate/test\.json: is no evaluation: .*; evaluate again"):
-        of_folders(run)
+    evaluated(run, "valid", 1.0, {})
+    evaluated(made_run(tmp_path, "b", "train.lr=1", loss=1.0), "test", 1.0, {})
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == ["b"]
+    assert row(comparison, "a").notes == ["evaluation damaged"]
+    assert row(comparison, "a").values["valid/loss"].value == 1.0
+    (warning,) = comparison.warnings
+    assert re.search(r"evaluate/test\.json: is no evaluation: .*; evaluate again, or remove it", warning)
     (run / "facts.json").write_text("{")
     with pytest.raises(RunError, match=r"facts\.json: cannot be read"):
         of_folders(run)

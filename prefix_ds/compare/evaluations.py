@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefix_ds.compare.seen import DataSet, Reading, Value
+from prefix_ds.errors import RunError
 from prefix_ds.tracking import Told, tagged_evaluations, told_of
-from prefix_ds.verdicts import Mark, Verdict, read_verdicts
+from prefix_ds.verdicts import Mark, Verdict, read_verdict, verdict_files
 
 _FOLDER = "evaluate"
 _KINDS = {"bare": "base", "instruction": "instruction"}  # by what stands behind the split
@@ -29,6 +30,7 @@ class Evaluations:
     untrained: dict[str, dict[str, Value]] = field(default_factory=dict)
     told: dict[Reading, Told] = field(default_factory=dict)
     outdated: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # what is wrong with those that cannot be read
 
     def add(self, name: str, scores: Mapping[str, Value], told: Told, *, is_outdated: bool) -> None:
         """The scores of a file, or a group of metrics, of that name: a split, maybe with a kind behind it."""
@@ -66,9 +68,14 @@ def _data(told: Told, known: DataSet | None) -> DataSet:
 
 
 def read_evaluations(run: Path, now: Mark) -> Evaluations:
-    """Those of a run folder, whose result is `now`. Raises RunError for a file that is none."""
+    """Those of a run folder, whose result is `now`."""
     found = Evaluations()
-    for name, verdict in read_verdicts(run).items():
+    for name, path in verdict_files(run).items():
+        try:
+            verdict = read_verdict(path)
+        except RunError as error:
+            found.damaged.append(str(error))
+            continue
         is_outdated = verdict.mark.is_other_than(now)
         found.add(name, _values(verdict), told_of(verdict), is_outdated=is_outdated)
     return found

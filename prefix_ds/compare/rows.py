@@ -154,6 +154,7 @@ def _notes_of(run: Seen) -> list[str]:
     words = ["no metrics yet"] if not any(name != "result_bytes" for name in run.values) else []
     words += [_ENDS[run.status]] if run.status in _ENDS else []
     words += ["evaluated earlier"] if run.outdated else []
+    words += ["evaluation damaged"] if run.damaged else []
     return words + (["result gone"] if run.result_is_gone else [])
 
 

@@ -55,6 +55,7 @@ class Seen:
     evaluated: Mapping[Reading, DataSet] = field(default_factory=dict)  # what evaluations read
     written: Mapping[Reading, str] = field(default_factory=dict)  # how the outputs were that they scored
     outdated: Sequence[str] = ()  # measures of an earlier result than the run has now
+    damaged: Sequence[str] = ()  # what is wrong with evaluations that cannot be read
     started: float = 0  # unix seconds
     result_is_gone: bool = False
 
