@@ -86,6 +86,10 @@ def check_request(config: RunConfig, request: Request) -> None:
         check_is_prefix(config)
     if request.front == "instruction" and config.prefix.init != "text":
         raise ConfigError(f"prefix.init: {config.prefix.init}: this run did not start from an instruction")
+    if config.evaluate.scores and not config.data.prompt and config.data.messages is None:
+        raise ConfigError(
+            "evaluate.scores: there is no data.prompt to write for; evaluate.scores=[] gives the loss alone"
+        )
 
 
 def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -259,6 +260,22 @@ def test_a_mistake_is_one_line(run, tmp_path):
     line = refused("train.method=full", "--without-prefix")
     assert line == "train.method: full: all weights were trained; there is no prefix to leave out"
     assert not (run / "evaluate").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        (["data.prompt="], True),
+        (["data.prompt=", "data.chat=true"], True),
+        (["data.prompt=", "evaluate.scores=[]"], False),
+        (["data.prompt=", "data.messages=turns"], False),
+    ],
+)
+def test_there_must_be_a_prompt_to_write_for(tmp_path, words, is_refused):
+    config = run_config(tmp_path, SCORES, f"data.test={tmp_path}/valid.jsonl", *words)
+    refused = pytest.raises(ConfigError, match=r"^evaluate\.scores: there is no data\.prompt to write for")
+    with refused if is_refused else nullcontext():
+        evaluating.check_request(config, evaluating.Request())
 
 
 @pytest.mark.parametrize("size", [1, 2])
