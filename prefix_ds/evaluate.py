@@ -41,7 +41,7 @@ from prefix_ds.tracking import (
     without_secrets,
 )
 from prefix_ds.verdicts import Mark, keys_read
-from prefix_ds.writing import check_prompts, write_outputs
+from prefix_ds.writing import check_prompts, tell_far, write_outputs
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
             tell_cut(prompts, config.data.max_length)
         opened = _opened(folder, config, request, world)
         together(lambda: _check_reach(opened, examples, prompts, config))
+        if world.is_first and config.evaluate.scores:
+            tell_far(opened, prompts, config.generate)
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)
         on_first(

@@ -17,7 +17,7 @@ from prefix_ds.files import check_can_write, write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import check_is_prefix, open_trained, tokenizer_of
 from prefix_ds.run_folder import open_run
-from prefix_ds.writing import Written, write_outputs
+from prefix_ds.writing import Written, tell_far, write_outputs
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
         if world.is_first:
             tell_cut(prompts, config.data.max_length)
+            tell_far(opened, prompts, config.generate)
         written = write_outputs(opened, prompts, config.generate, world)
         on_first(world, lambda: _deliver(written, request.output_file))
 

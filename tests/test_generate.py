@@ -182,6 +182,15 @@ def test_prompts_that_lose_their_start_are_counted(run):
     assert line == "the prompt is longer than 6 tokens, and data.too_long is error"
 
 
+def test_what_reaches_further_than_the_base_was_made_for_is_told(run, monkeypatch, capfd):
+    monkeypatch.setattr(generating, "write_outputs", lambda *_: [])
+    for count in (200, 100000):
+        generating.generate(run, [f"generate.max_new_tokens={count}"], Request(prompt="the cat sees ="))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "was made for" in line]
+    assert "prompt, prefix and generate.max_new_tokens come to 1000" in line
+    assert line.endswith(" positions; the base was made for 256")
+
+
 def test_a_run_that_trained_all_weights_writes_with_its_own(run, written, tmp_path):
     words = [f"run.folder={tmp_path}/full", "train.method=full", "train.max_steps=2"]
     (ended,) = command("train", run.parent / "run.yaml", *words)
