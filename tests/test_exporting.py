@@ -40,7 +40,14 @@ EVALUATION = {
     "scores": {"rougeL": {"value": 0.3125, "low": 0.25, "high": 0.375}},
     "seconds": 3.5,
 }
+    "changed": {"data.references": " {goals}"},
 
+    "signatures": {
+        "rouge1": "rouge-score 0.1",
+        "rougeL": "rouge-score 0.1",
+        "bleu": "nrefs:1|case:mixed",
+    },
+    "generate": {"num_beams": 4, "max_new_tokens": 12, "temperature": 0.0},
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -78,6 +85,9 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
     ):
         assert said in card
     assert {p.name for p in (tmp_path / "peft").iterdir()} == {
+        "- the trained prefix, test: data test.jsonl; with `data.references= {goals}`, not the run's own; "
+        "outputs with num_beams 4, max_new_tokens 12; rouge1, rougeL: `rouge-score 0.1`; "
+        "bleu: `nrefs:1|case:mixed`\n",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
