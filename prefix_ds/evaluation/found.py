@@ -90,7 +90,10 @@ class Evaluation:
 
 
 def write_evaluation(folder: Path, found: Evaluation) -> None:
-    """Writes both files, or neither, into `folder`, of the run folder. Raises RunError."""
+    """Writes both files into `folder`, of the run folder, or on a full disk neither. Raises RunError.
+
+    Killed between the two renames, it leaves new lines beside the verdict of before.
+    """
     with telling_disk_errors(folder):
         folder.mkdir(exist_ok=True)
     lines, verdict = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"
