@@ -648,6 +648,28 @@ def test_a_deleted_result_is_told(tmp_path: Path) -> None:
     assert row(comparison, "b").notes == ["result gone"]
 
 
+def test_the_best_is_one_that_still_has_its_result(tmp_path: Path) -> None:
+    gone = made_run(tmp_path, "gone", loss=1.0, size=0)
+    made_run(tmp_path, "there", "train.lr=1", loss=1.5)
+    made_run(tmp_path, "worse", "train.lr=2", loss=1.6)
+    comparison = of_folders(tmp_path)
+    assert names(comparison)[:2] == ["gone", "there"]
+    assert best(comparison) == ["there"]
+    assert best(of_folders(gone)) == ["instruction alone: Say it in short:"]
+
+
+def test_runs_that_share_a_name_are_told_apart_by_their_places(tmp_path: Path) -> None:
+    places = ("x/long", "y/long", "y/short")
+    for lr, place in enumerate(places, 1):
+        (tmp_path / place).mkdir(parents=True)
+        made_run(tmp_path / place, "run", f"train.lr={lr}", loss=lr / 9).rename(tmp_path / place / "run")
+    made_run(tmp_path, "other", "train.lr=9", loss=1.0)
+    found = of_folders(*(tmp_path / place / "run" for place in places), *tmp_path.glob("0*"))
+    told = ["run (x/long/run)", "run (y/long/run)", "run (short/run)"]
+    assert [name for name in names(found) if name in (*told, "other")] == [*told, "other"]
+    assert [row.name for row in found.runs] == [*told, "other"]
+
+
 def test_a_run_that_was_imported_has_only_its_configuration(tmp_path: Path) -> None:
     run = made_run(tmp_path, "a", "mlflow.name=imported")
     for name in ("facts.json", "metrics.jsonl"):

@@ -99,8 +99,8 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
     return Comparison(
         source,
         judged,
-        tuple(_ranked(map(finished, rows), judged)),
-        tuple(_ranked(map(finished, singles), judged)),
+        tuple(_ranked(map(finished, _told_apart(rows)), judged)),
+        tuple(_ranked(map(finished, _told_apart(singles)), judged)),
         tuple(keys),
         tuple(measures.results(names, judged)),
         tuple(measures.costs(names, judged)),
@@ -115,12 +115,32 @@ def _differing(runs: Sequence[Seen]) -> list[str]:
     return [name for name in names if len({params.get(name) for params in told}) > 1]
 
 
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Trained rows that share a name, with as much of the ends of their places as they differ in."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        places.setdefault(row.name, []).append(row.members[0].place)
+    return [
+        replace(row, name=f"{row.name} ({_end(row.members[0].place, places[row.name])})")
+        if row.is_trained and len(places[row.name]) > 1
+        else row
+        for row in rows
+    ]
+
+
+def _end(place: str, places: Sequence[str]) -> str:
+    """The fewest last parts of a place that no other ends with."""
+    parts = place.split("/")
+    ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in places) == 1), place)
+
+
 def _ranked(rows: Iterable[Row], by: str) -> list[Row]:
-    """The best first; those without the measure last. The best of each data set is marked."""
+    """The best first; those without the measure last. The best of each data set is marked, one that still has
+    its result if there is any."""
     in_order = sorted(rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name))
-    best = {
-        row.data: index for index, row in reversed([*enumerate(in_order)]) if math.isfinite(_rank(row, by))
-    }
+    known = [(index, row) for index, row in enumerate(in_order) if math.isfinite(_rank(row, by))]
+    best = {row.data: index for index, row in sorted(known, key=lambda item: (item[1].has_result, -item[0]))}
     return [replace(row, is_best=best.get(row.data) == index) for index, row in enumerate(in_order)]
 
 

@@ -52,6 +52,11 @@ class Row:
         return self.kind in ("run", "seeds")
 
     @property
+    def has_result(self) -> bool:
+        """Whether what its values are of is still there, of one of its runs at least."""
+        return not self.is_trained or not all(run.result_is_gone for run in self.counted or self.members)
+
+    @property
     def notes(self) -> list[str]:
         """What is to be known of its runs: how they ended, what is missing."""
         if not self.is_trained:
