@@ -808,8 +808,8 @@ def test_folders_and_a_server_give_the_same(server: MlflowServer, tmp_path: Path
     other = {"train": "a" * 32, "valid": "d" * 32}
     told = [(40, evaluation_metrics("test", 1.7, SCORES) | evaluation_metrics("test.bare", 2.8, SCORES))]
     run = made_run(tmp_path, "other data", digests=other, more=told, experiment="same", status="KILLED")
-    evaluated(run, "test", 1.7, SCORES)
-    evaluated(run, "test.bare", 2.8, SCORES)
+    for name, loss in (("test", 1.7), ("test.bare", 2.8)):
+        evaluated(run, name, loss, SCORES, changed=CHANGED[name])
     running = made_run(tmp_path, "running", "train.lr=7", experiment="same", status="")
     for run in sorted(tmp_path.iterdir()):
         sync_run(run, server.uri)

@@ -165,7 +165,9 @@ def _warnings(runs: Sequence[Seen], letter_of: Letters, measured: Collection[Bas
     lines = [data_line(basis, runs, letter_of) for basis in BASES if basis in measured]
     lines += [_written_line(split, runs) for split in SPLITS]
     lines += [f"{run.name}: its result is gone ({run.place})" for run in runs if run.result_is_gone]
-    lines += [_changed_line(run, *read) for run in runs for read in run.evaluated.items() if read[1].changed]
+    lines += [
+        _changed_line(run, *read) for run in runs for read in sorted(run.evaluated.items()) if read[1].changed
+    ]
     lines += [_outdated_line(run) for run in runs if run.outdated]
     lines += [line for run in runs for line in run.damaged]
     return [line for line in dict.fromkeys(lines) if line]
