@@ -14,11 +14,17 @@ from dataclasses import dataclass, replace
 
 from prefix_ds.checkpoint import PrefixFacts
 from prefix_ds.config import DataKeys, GenerateKeys, RunConfig, TrainKeys
-from prefix_ds.tracking import masked, without_secrets
+from prefix_ds.tracking import masked, told_of, without_secrets
 from prefix_ds.verdicts import Verdict, front_of
 
 _OF = {"": "the trained prefix", "bare": "the bare base", "instruction": "the instruction alone"}
 _TRAIN_KEYS = ("global_batch_size", "lr", "warmup_steps", "schedule", "weight_decay", "clip_norm", "seed")
+_IMPORTED = {
+    "model": ("tokenizer", "trust_remote_code", "dtype"),
+    "data": ("chat_options", "max_length"),
+    "generate": ("max_new_tokens", "num_beams", "temperature", "top_p"),
+}
+_DEFAULT = RunConfig.model_construct()
 _SCORE_HEAD = ("of", "split", "records", "score", "value")
 
 
@@ -70,7 +76,8 @@ def _part(part: Part, number: str) -> str:
     text = f"## Where it comes from{number}\n\n{_table(('', ''), _origin(part))}"
     scores = list(_score_rows(part.evaluations))
     if scores:
-        text += f"\n\n## Scores{number}\n\n{_table(_SCORE_HEAD, scores)}"
+        read = "\n".join(map(_reading, *zip(*_in_order(part.evaluations), strict=True)))
+        text += f"\n\n## Scores{number}\n\n{_table(_SCORE_HEAD, scores)}\n\n{read}"
     return text
 
 
@@ -118,10 +125,27 @@ def _line(text: str | None) -> str:
     return json.dumps(text or "", ensure_ascii=False)[1:-1].replace("`", "'")
 
 
-def _score_rows(evaluations: Mapping[str, Verdict]) -> Iterator[tuple[str, ...]]:
+def _in_order(evaluations: Mapping[str, Verdict]) -> list[tuple[str, Verdict]]:
     """The prefix's own before those of the base without it."""
-    for name in sorted(evaluations, key=lambda name: (front_of(name) != "", name)):
-        found, front = evaluations[name], front_of(name)
+    return sorted(evaluations.items(), key=lambda item: (front_of(item[0]) != "", item[0]))
+
+
+def _reading(name: str, found: Verdict) -> str:
+    """What an evaluation read, how its outputs were written and how they were scored."""
+    told, front = told_of(found), front_of(name)
+    facts = [f"data {told.data or 'not known'}"]
+    facts += [f"with `{key}={_line(text)}`, not the run's own" for key, text in told.changed.items()]
+    facts += [f"outputs with {told.generate}"] if told.generate else []
+    ways: dict[str, list[str]] = {}
+    for score, signature in found.signatures.items():
+        ways.setdefault(signature, []).append(score)
+    facts += [f"{', '.join(scores)}: `{signature}`" for signature, scores in ways.items()]
+    return f"- {_OF.get(front, front)}, {found.split}: {'; '.join(facts)}"
+
+
+def _score_rows(evaluations: Mapping[str, Verdict]) -> Iterator[tuple[str, ...]]:
+    for name, found in _in_order(evaluations):
+        front = front_of(name)
         place = _OF.get(front, front), found.split, str(found.records)
         yield (*place, "loss", f"{found.loss:.4f}")
         yield (*place, "perplexity", f"{found.perplexity:.4f}")
@@ -168,17 +192,17 @@ With prefix-ds: `{_importing(config)}`, then `prefix-ds generate RUN --prompt TE
 
 
 def _importing(config: RunConfig) -> str:
-    """With the keys without which a prompt would be read in another way; an adapter does not hold them."""
-    data, model, tokens = config.data, config.model, TrainKeys().micro_batch_tokens
-    told: dict[str, object] = {"model.tokenizer": model.tokenizer} if model.tokenizer else {}
-    told |= {"model.trust_remote_code": True} if model.trust_remote_code else {}
-    told |= {"data.chat": True} if data.is_chat else {}
-    default = DataKeys()
-    told |= {
-        f"data.{name}": getattr(data, name)
-        for name in ("chat_options", "max_length")
-        if getattr(data, name) != getattr(default, name)
-    }
+    """With the keys without which a prompt would be read, or an answer written, in another way; an adapter
+    does not hold them."""
+    data, tokens = config.data, TrainKeys().micro_batch_tokens
+    told: dict[str, object] = {"data.chat": True} if data.is_chat else {}
+    for section, names in _IMPORTED.items():
+        keys, default = getattr(config, section), getattr(_DEFAULT, section)
+        told |= {
+            f"{section}.{name}": getattr(keys, name)
+            for name in names
+            if getattr(keys, name) != getattr(default, name)
+        }
     told |= {"train.micro_batch_tokens": data.max_length} if data.max_length > tokens else {}  # one must fit
     texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in told.values()]
     words = map("=".join, zip(told, texts, strict=True))

@@ -47,7 +47,7 @@ app = typer.Typer(
 RunFile = Annotated[Path, typer.Argument(help="the run's YAML file")]
 Run = Annotated[Path, typer.Argument(help="a run folder")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="keys to change: section.key=value", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="keys to change: section.key=value", metavar="KEY=VALUE")
 ]
 
 
@@ -205,6 +205,9 @@ def export(
     run, *overrides = words
     if mlflow is None and uri is not None:
         raise ConfigError("export: --uri goes with --mlflow NAME")
+    if mlflow is None and "=" in words[-1] and not Path(words[-1]).exists():
+        key, _, _ = words[-1].partition("=")
+        raise ConfigError(f"export: {key}=...: keys to change go with --mlflow NAME; else OUT is named last")
     if mlflow is None:
         export_runs([Path(word) for word in words], merge=merge)
     elif all("=" in word for word in overrides) and not merge:
@@ -245,7 +248,7 @@ def sync(
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="run folders, or folders of them", metavar="[RUN]...")
+        list[Path] | None, typer.Argument(help="run folders, or folders of them", metavar="RUN")
     ] = None,
     experiment: Annotated[
         str | None, typer.Option(help="instead of folders: an experiment of MLflow; left out: prefix-ds")

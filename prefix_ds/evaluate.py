@@ -23,7 +23,7 @@ from prefix_ds.evaluation import Evaluation, Front, RecordLosses, record_losses,
 from prefix_ds.files import check_can_write
 from prefix_ds.initial import initial_prefix
 from prefix_ds.logs import configure_logging
-from prefix_ds.opening import Opened, check_is_prefix, open_trained, tokenizer_of
+from prefix_ds.opening import Opened, check_is_prefix, model_of, open_trained, tokenizer_of
 from prefix_ds.prefix import num_positions
 from prefix_ds.rows import limits_for
 from prefix_ds.run_folder import RunFolder, open_run
@@ -31,15 +31,17 @@ from prefix_ds.scores import names_of, scored
 from prefix_ds.tracking import (
     add_metrics,
     best_by,
+    flattened,
     has_facts,
     histories_of,
     read_facts,
     read_metrics,
     summary,
     told_mark,
+    without_secrets,
 )
-from prefix_ds.verdicts import Mark
-from prefix_ds.writing import check_prompts, write_outputs
+from prefix_ds.verdicts import Mark, keys_read
+from prefix_ds.writing import check_prompts, tell_far, write_outputs
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ def evaluate(run: Path, overrides: Sequence[str], request: Request) -> None:
             tell_cut(prompts, config.data.max_length)
         opened = _opened(folder, config, request, world)
         together(lambda: _check_reach(opened, examples, prompts, config))
+        if world.is_first and config.evaluate.scores:
+            tell_far(opened, prompts, config.generate)
         losses = record_losses(opened, examples, limits_for(opened.lm, config), world)
         outputs = _outputs(opened, prompts, config, world)
         on_first(
@@ -84,6 +88,10 @@ def check_request(config: RunConfig, request: Request) -> None:
         check_is_prefix(config)
     if request.front == "instruction" and config.prefix.init != "text":
         raise ConfigError(f"prefix.init: {config.prefix.init}: this run did not start from an instruction")
+    if config.evaluate.scores and not config.data.prompt and config.data.messages is None:
+        raise ConfigError(
+            "evaluate.scores: there is no data.prompt to write for; evaluate.scores=[] gives the loss alone"
+        )
 
 
 def _prompts(split: Split, config: RunConfig, tokenizer: Any) -> list[Prompt]:
@@ -144,6 +152,7 @@ def _deliver(
         front=request.front,
         mark=mark,
         data=source_of(request.split, config.data),
+        changed=_changed(folder, config, request.front),
         prompts=prompts,
         losses=losses,
         outputs=outputs,
@@ -160,6 +169,20 @@ def _deliver(
         uri=_named_uri(folder, config),
         is_mirrored=config.mlflow.uri is not None,
     )
+
+
+def _changed(folder: RunFolder, config: RunConfig, front: Front) -> dict[str, str | None]:
+    """The keys that the numbers come from and that are not those of run.yaml, without secrets."""
+    _, kept = open_run(folder.path)
+    own, now = (
+        keys_read(_params(folder, keys), "" if front == "trained" else front) for keys in (kept, config)
+    )
+    return {key: now.get(key) for key in own | now if now.get(key) != own.get(key)}
+
+
+def _params(folder: RunFolder, config: RunConfig) -> dict[str, str]:
+    keys = config.model_copy(update={"model": model_of(folder, config)})
+    return flattened(without_secrets(keys.model_dump(mode="json")))
 
 
 def _named_uri(folder: RunFolder, config: RunConfig) -> str | None:

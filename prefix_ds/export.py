@@ -102,8 +102,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         kind, submodules = config["peft_type"], config.get("num_transformer_submodules") or 1
         sizes = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
         is_complete = all(isinstance(config[name], int) and config[name] > 0 for name in sizes)
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; expected a PEFT adapter's folder") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path}: not the configuration of a PEFT adapter: {error!r}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise RunError(f"{path}: not the configuration of a PEFT adapter: {reason}") from None
     if kind != "PREFIX_TUNING" or submodules != 1 or not is_complete:
         raise RunError(f"{path}: expected a PREFIX_TUNING adapter of a decoder with all sizes, found {kind}")
     return config | {"base_model_name_or_path": config.get("base_model_name_or_path") or ""}

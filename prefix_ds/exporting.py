@@ -45,11 +45,12 @@ def export_runs(paths: Sequence[Path], *, merge: bool) -> None:
     end = _end_of_turn(parts[0].config)
     if window := prefixes[0].facts.window:
         log.warning("%s", lost_behind(window))
-    if len(runs) == 1:
+    if merge:
+        export_prefix(merged(prefixes), out, card(parts, end, MEANING))
+        log.warning("%s", MEANING)
+    else:
         export_prefix(prefixes[0], out, card(parts, end))
-        return
-    export_prefix(merged(prefixes), out, card(parts, end, MEANING))
-    log.warning("%s", MEANING)
+    log.info("wrote %s: adapter and card (README.md)", out)
 
 
 def export_to_mlflow(run: Path, name: str, uri: str | None, overrides: Sequence[str] = ()) -> str:

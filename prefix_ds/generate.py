@@ -1,6 +1,7 @@
 """`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records."""
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from prefix_ds.files import check_can_write, write_text_atomically
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import check_is_prefix, open_trained, tokenizer_of
 from prefix_ds.run_folder import open_run
-from prefix_ds.writing import Written, write_outputs
+from prefix_ds.writing import Written, tell_far, write_outputs
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def generate(run: Path, overrides: Sequence[str], request: Request) -> None:
         opened = open_trained(folder, config, world, with_prefix=not request.without_prefix)
         if world.is_first:
             tell_cut(prompts, config.data.max_length)
+            tell_far(opened, prompts, config.generate)
         written = write_outputs(opened, prompts, config.generate, world)
         on_first(world, lambda: _deliver(written, request.output_file))
 
@@ -95,5 +97,7 @@ def _deliver(written: Sequence[Written], output: Path | None) -> None:
             output.resolve(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         )
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than a base
         for w in written:
             sys.stdout.write(f"{w.output}\n" if len(written) == 1 else f"{w.prompt!r}\n  -> {w.output!r}\n")

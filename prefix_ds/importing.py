@@ -4,6 +4,7 @@ PEFT's files name no layers, so the base is loaded to see where a prefix enters 
 ranks as there are. The first of them writes.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from prefix_ds.config import RunConfig, parse_config
 from prefix_ds.dist import joined_world, on_first, peers_may_die
 from prefix_ds.errors import RunError
 from prefix_ds.export import PeftPrefix, import_peft, read_peft
+from prefix_ds.files import whole_folder
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
 from prefix_ds.progress import Progress
 from prefix_ds.result import prefix_facts
 from prefix_ds.run_folder import RunFolder, write_config
+
+log = logging.getLogger(__name__)
 
 
 def import_run(adapter: Path, out: Path, overrides: Sequence[str]) -> None:
@@ -35,8 +39,11 @@ def import_run(adapter: Path, out: Path, overrides: Sequence[str]) -> None:
 
 def _write(folder: RunFolder, config: RunConfig, adapter: Path, opened: Opened) -> None:
     facts = prefix_facts(config.model, opened.lm, Progress())
-    import_peft(adapter, folder.prefix, opened.lm.slots, facts)
-    write_config(folder, config)
+    with whole_folder(folder.path.absolute()) as path:
+        building = RunFolder(path)
+        import_peft(adapter, building.prefix, opened.lm.slots, facts)
+        write_config(building, config)
+    log.info("wrote %s: prefix and run.yaml", folder.path)
 
 
 def _config_of(prefix: PeftPrefix, overrides: Sequence[str]) -> RunConfig:

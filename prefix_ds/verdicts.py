@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefix_ds.errors import RunError
 
 _Count = Annotated[int, Field(ge=0)]
+# What numbers come from, by what stood in front of the texts: sections, and of the prefix its places.
+_READ = {"": ("model.", "data.", "prefix.layers"), "instruction": ("model.", "data.", "prefix.")}
+_UNREAD = {f"model.{name}" for name in ("recompute", "attention")}  # change nothing without training
+_UNREAD |= {f"data.{name}" for name in ("train", "valid", "test", "task", "packing", "workers")}
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it; a damaged file may claim any number
 
 
@@ -56,6 +60,7 @@ class Verdict(_Kept):
     step: int | None = None  # this and the digest: of what was trained; None as well in older files
     sha256: str | None = None
     data: str | list[str] | None = None  # as run.yaml has it
+    changed: Mapping[str, str | None] = Field(default_factory=dict)  # of `keys_read`, from those of run.yaml
     records: _Count
     targets: _Count
     loss: float
@@ -110,6 +115,12 @@ def prefix_mark(run: Path) -> Mark | None:
         return Mark(int(facts["step"]), str(facts["sha256"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def keys_read(params: Mapping[str, str], front: str) -> dict[str, str]:
+    """The keys that numbers come from with this in front, but for the data and how outputs are written."""
+    sections = _READ.get(front, ("model.", "data."))
+    return {key: text for key, text in params.items() if key.startswith(sections) and key not in _UNREAD}
 
 
 def front_of(name: str) -> str:

@@ -10,6 +10,7 @@ on the number of ranks nor on batches.
 Knows nothing of what the outputs are for.
 """
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -30,6 +31,8 @@ from prefix_ds.model import PrefixLM
 from prefix_ds.plan.writing import batches_of, manner_of
 from prefix_ds.prefix import Slot, num_positions
 from prefix_ds.tracking import progress_bar
+
+log = logging.getLogger(__name__)
 
 _WORKS = count()  # of this process, which all ranks begin in the same order
 
@@ -91,9 +94,23 @@ def write_outputs(
 
 def check_prompts(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys) -> None:
     """Raises ConfigError or DataError for a position or a token that the base has not."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    writer.lm.check_length(longest + _beside(writer, keys), "generate.max_new_tokens")
+    writer.lm.check_length(_longest(writer, prompts, keys), "generate.max_new_tokens")
     check_id(max(max(prompt.ids) for prompt in prompts), writer.lm.vocab_size, "a prompt")
+
+
+def tell_far(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys) -> None:
+    """A warning, where outputs may reach further than the base was made for. Rank 0 calls this."""
+    longest, most = _longest(writer, prompts, keys), writer.lm.made_for
+    if most is not None and 0 < most < longest:
+        log.warning(
+            "prompt, prefix and generate.max_new_tokens come to %d positions; the base was made for %d",
+            longest,
+            most,
+        )
+
+
+def _longest(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys) -> int:
+    return max(len(prompt.ids) for prompt in prompts) + _beside(writer, keys)
 
 
 def _beside(writer: Writer, keys: GenerateKeys) -> int:

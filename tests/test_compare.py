@@ -35,7 +35,8 @@ from prefix_ds.compare.rows import Row
 from prefix_ds.compare.seen import Value
 from prefix_ds.compare.table import show
 from prefix_ds.errors import RunError, printable
-from prefix_ds.tracking import sync_run, told_mark
+from prefix_ds.tracking import sync_run, tagged_evaluations, told_mark
+from prefix_ds.tracking.evaluated import evaluation_tags
 from prefix_ds.verdicts import present_verdicts
 from tests.browser import PROGRAM, Tab, opened
 from tests.compared import (
@@ -348,6 +349,42 @@ def test_scores_of_seeds_on_different_data_have_no_mean(tmp_path: Path) -> None:
     assert found.notes == ["scores of different data"]
 
 
+CHANGED = {
+    "test": {"data.references": " {short}"},
+    "test.bare": {"model.name": "acme/other", "data.references": None},
+    "test.instruction": {"prefix.text": "Be brief:" + "!" * 3000},
+}
+
+
+def test_an_evaluation_with_keys_of_its_own_is_not_taken_for_one_with_the_runs(tmp_path: Path) -> None:
+    evaluated(made_run(tmp_path, "own"), "test", 1.0, {"bleu": (10.0, 9.0, 11.0)})
+    run = made_run(tmp_path, "told", "data.references= {goals}", "train.lr=1")
+    for name, changed in CHANGED.items():
+        value = 90.0 if name == "test" else 5.0
+        evaluated(run, name, 1.0, {"bleu": (value, value - 1, value + 1)}, changed=changed)
+    tagged = tagged_evaluations(evaluation_tags(run))
+    assert {name: list(told.changed) for name, told in tagged.items()} == {
+        name: list(changed) for name, changed in CHANGED.items()
+    }
+    comparison = of_folders(tmp_path, by="bleu")
+    assert {"own", "told"} <= set(best(comparison)), "other references are other data"
+    assert "test/bleu" in row(comparison, "bare base acme/other").values
+    assert "test/bleu" not in row(comparison, "instruction alone: Say it in short:").values
+    assert any(name.startswith("instruction alone: Be brief:!!") for name in names(comparison))
+    assert "told: evaluated (test) with data.references= {short}, not its own" in comparison.warnings
+    told = "told: evaluated (test, base) with data.references=, model.name=acme/other, not its own"
+    assert told in comparison.warnings
+
+
+def test_seeds_that_were_evaluated_with_different_keys_have_no_mean(tmp_path: Path) -> None:
+    for seed, changed in enumerate(({}, {"model.bits": "8"})):
+        run = made_run(tmp_path, f"a-s{seed}", f"train.seed={seed}")
+        evaluated(run, "test", 1.0 + seed, {}, changed=changed)
+    found = row(of_folders(tmp_path), "a")
+    assert "test/loss" not in found.values
+    assert found.notes == ["scores with different keys"]
+
+
 # What is no longer true
 
 
@@ -611,6 +648,28 @@ def test_a_deleted_result_is_told(tmp_path: Path) -> None:
     assert row(comparison, "b").notes == ["result gone"]
 
 
+def test_the_best_is_one_that_still_has_its_result(tmp_path: Path) -> None:
+    gone = made_run(tmp_path, "gone", loss=1.0, size=0)
+    made_run(tmp_path, "there", "train.lr=1", loss=1.5)
+    made_run(tmp_path, "worse", "train.lr=2", loss=1.6)
+    comparison = of_folders(tmp_path)
+    assert names(comparison)[:2] == ["gone", "there"]
+    assert best(comparison) == ["there"]
+    assert best(of_folders(gone)) == ["instruction alone: Say it in short:"]
+
+
+def test_runs_that_share_a_name_are_told_apart_by_their_places(tmp_path: Path) -> None:
+    places = ("x/long", "y/long", "y/short")
+    for lr, place in enumerate(places, 1):
+        (tmp_path / place).mkdir(parents=True)
+        made_run(tmp_path / place, "run", f"train.lr={lr}", loss=lr / 9).rename(tmp_path / place / "run")
+    made_run(tmp_path, "other", "train.lr=9", loss=1.0)
+    found = of_folders(*(tmp_path / place / "run" for place in places), *tmp_path.glob("0*"))
+    told = ["run (x/long/run)", "run (y/long/run)", "run (short/run)"]
+    assert [name for name in names(found) if name in (*told, "other")] == [*told, "other"]
+    assert [row.name for row in found.runs] == [*told, "other"]
+
+
 def test_a_run_that_was_imported_has_only_its_configuration(tmp_path: Path) -> None:
     run = made_run(tmp_path, "a", "mlflow.name=imported")
     for name in ("facts.json", "metrics.jsonl"):
@@ -623,6 +682,17 @@ def test_runs_are_found_one_folder_below(tmp_path: Path) -> None:
     made_run(tmp_path, "a")
     (tmp_path / "corpus").mkdir()
     assert names(of_folders(tmp_path, tmp_path / "0000"))[0] == "a"
+
+
+@pytest.mark.parametrize("place", [".", "runs"])
+def test_a_folder_where_a_run_was_described_hides_no_run(tmp_path: Path, place: str) -> None:
+    (tmp_path / "runs").mkdir()
+    text = (made_run(tmp_path / "runs", "a") / "run.yaml").read_text()
+    (tmp_path / place / "run.yaml").write_text(text)
+    assert names(of_folders(tmp_path / place))[0] == "a"
+    shutil.rmtree(tmp_path / "runs" / "0000")
+    (run,) = of_folders(tmp_path / place).runs
+    assert run.notes == ["no metrics yet", "not ended"], "it may be about to begin"
 
 
 def said(*words: object, code: int = 2, cwd: Path = ROOT) -> str:
@@ -655,8 +725,14 @@ def test_files_that_are_broken_are_named(tmp_path: Path) -> None:
     evaluated(run, "test", 1.0, {})
     (run / "evaluate" / "test.json").write_text('{"scores": {"a": 3}')
     (run / "evaluate" / ".tmp-test.json").write_text("{")  # one that is being written
-    with pytest.raises(RunError, match=r"evaluate/test\.json: is no evaluation: .*; evaluate again"):
-        of_folders(run)
+    evaluated(run, "valid", 1.0, {})
+    evaluated(made_run(tmp_path, "b", "train.lr=1", loss=1.0), "test", 1.0, {})
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == ["b"]
+    assert row(comparison, "a").notes == ["evaluation damaged"]
+    assert row(comparison, "a").values["valid/loss"].value == 1.0
+    (warning,) = comparison.warnings
+    assert re.search(r"evaluate/test\.json: is no evaluation: .*; evaluate again, or remove it", warning)
     (run / "facts.json").write_text("{")
     with pytest.raises(RunError, match=r"facts\.json: cannot be read"):
         of_folders(run)
@@ -732,8 +808,8 @@ def test_folders_and_a_server_give_the_same(server: MlflowServer, tmp_path: Path
     other = {"train": "a" * 32, "valid": "d" * 32}
     told = [(40, evaluation_metrics("test", 1.7, SCORES) | evaluation_metrics("test.bare", 2.8, SCORES))]
     run = made_run(tmp_path, "other data", digests=other, more=told, experiment="same", status="KILLED")
-    evaluated(run, "test", 1.7, SCORES)
-    evaluated(run, "test.bare", 2.8, SCORES)
+    for name, loss in (("test", 1.7), ("test.bare", 2.8)):
+        evaluated(run, name, loss, SCORES, changed=CHANGED[name])
     running = made_run(tmp_path, "running", "train.lr=7", experiment="same", status="")
     for run in sorted(tmp_path.iterdir()):
         sync_run(run, server.uri)
@@ -756,6 +832,19 @@ def test_a_server_knows_what_an_evaluation_read(server: MlflowServer, tmp_path: 
     sync_run(run, server.uri)
     (warning, *_) = [line for line in of_mlflow(server.uri, "read").warnings if line.startswith("test data")]
     assert "hub://***@elsewhere" in warning
+
+
+def test_a_server_shows_no_scores_of_an_earlier_evaluation(server: MlflowServer, tmp_path: Path) -> None:
+    """A metric cannot be taken back; of a run that has no tag of its scores all are shown."""
+    rouge, bleu = ({name: SCORES[name]} for name in ("rougeL", "bleu"))
+    told = [(40, evaluation_metrics("test", 1.7, rouge)), (40, evaluation_metrics("test", 1.8, bleu))]
+    run = made_run(tmp_path, "a", more=told, experiment="again")
+    evaluated(run, "test", 1.8, bleu, "other.jsonl")
+    sync_run(run, server.uri)
+    assert plain(of_mlflow(server.uri, "again")) == plain(of_folders(tmp_path))
+    older = made_run(tmp_path, "b", more=told, experiment="before")
+    sync_run(older, server.uri)
+    assert {"test/rougeL", "test/bleu"} <= row(of_mlflow(server.uri, "before"), "b").values.keys()
 
 
 def test_a_server_knows_what_is_outdated_chosen_and_written(server: MlflowServer, tmp_path: Path) -> None:

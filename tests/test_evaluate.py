@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,7 @@ KEYS = [
     "step",
     "sha256",
     "data",
+    "changed",
     "records",
     "targets",
     "loss",
@@ -100,6 +102,7 @@ def test_the_summary_has_its_keys_and_its_sums(run, whole):
     summary, rows, said = whole
     assert list(summary) == KEYS
     assert summary["data"] == f"{run.parent}/test.jsonl"
+    assert summary["changed"] == {"data.references": " {goals}"}
     assert (summary["split"], summary["records"]) == ("test", len(RECORDS))
     told = json.loads((run / "prefix" / "prefix.json").read_text())
     assert (summary["step"], summary["sha256"]) == (told["step"], told["sha256"])
@@ -200,6 +203,14 @@ def test_the_instruction_has_the_loss_that_training_started_with(run, evaluated)
     assert bare["loss"] != pytest.approx(summary["loss"], rel=1e-3)
 
 
+def test_the_keys_that_numbers_come_from_are_kept_without_secrets(evaluated):
+    words = ["prefix.text=use sk-abcdefghijklmnop", "data.packing=false", "generate.max_new_tokens=5"]
+    for front, changed in (("--instruction", {"prefix.text": "use ***"}), ("--without-prefix", {})):
+        name = "valid.instruction" if changed else "valid.bare"
+        summary, _, _ = evaluated("--split", "valid", front, "evaluate.scores=[]", *words, name=name)
+        assert summary["changed"] == changed
+
+
 def test_the_bare_base_writes_what_generate_writes_without_a_prefix(run, evaluated, tmp_path):
     _, rows, _ = evaluated("--without-prefix", name="test.bare")
     (ended,) = command("generate", run, "--without-prefix", "--output", tmp_path / "out.jsonl")
@@ -249,6 +260,22 @@ def test_a_mistake_is_one_line(run, tmp_path):
     line = refused("train.method=full", "--without-prefix")
     assert line == "train.method: full: all weights were trained; there is no prefix to leave out"
     assert not (run / "evaluate").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        (["data.prompt="], True),
+        (["data.prompt=", "data.chat=true"], True),
+        (["data.prompt=", "evaluate.scores=[]"], False),
+        (["data.prompt=", "data.messages=turns"], False),
+    ],
+)
+def test_there_must_be_a_prompt_to_write_for(tmp_path, words, is_refused):
+    config = run_config(tmp_path, SCORES, f"data.test={tmp_path}/valid.jsonl", *words)
+    refused = pytest.raises(ConfigError, match=r"^evaluate\.scores: there is no data\.prompt to write for")
+    with refused if is_refused else nullcontext():
+        evaluating.check_request(config, evaluating.Request())
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -176,8 +176,22 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds a pickle"):
         import_peft(tmp_path / "peft", tmp_path / "ours", shapes(random_slots()), FACTS)
     shutil.rmtree(tmp_path / "peft")
-    with pytest.raises(RunError, match="not the configuration of a PEFT adapter"):
+    with pytest.raises(RunError, match=r"config\.json: no such file; expected a PEFT adapter's folder$"):
         import_peft(tmp_path / "peft", tmp_path / "ours", shapes(random_slots()), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "it has no 'peft_type'$"),
+        ("{", "adapter: Expecting property"),
+        ("[]", "adapter: list indices"),
+    ],
+)
+def test_what_is_wrong_with_a_configuration_is_said_in_words(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(RunError, match=words):
+        import_peft(tmp_path, tmp_path / "ours", shapes(random_slots()), FACTS)
 
 
 def test_an_export_never_overwrites(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`prefix-ds export`: a card that is true and loads what it says, merging by its laws, one-line refusals."""
 
+import errno
 import json
 import os
 import re
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefix_ds import importing
 from prefix_ds.card import Part, card
 from prefix_ds.checkpoint import read_prefix, write_prefix
 from prefix_ds.config import config_text, parse_config
 from prefix_ds.errors import RunError
 from prefix_ds.export import export_prefix, read_peft
+from prefix_ds.files import telling_disk_errors
 from prefix_ds.merging import MEANING, merged
 from prefix_ds.model import PrefixLM
 from prefix_ds.result import window_of
@@ -37,7 +40,14 @@ EVALUATION = {
     "targets": 60,
     "loss": 2.5,
     "perplexity": 12.1825,
+    "changed": {"data.references": " {goals}"},
     "scores": {"rougeL": {"value": 0.3125, "low": 0.25, "high": 0.375}},
+    "signatures": {
+        "rouge1": "rouge-score 0.1",
+        "rougeL": "rouge-score 0.1",
+        "bleu": "nrefs:1|case:mixed",
+    },
+    "generate": {"num_beams": 4, "max_new_tokens": 12, "temperature": 0.0},
     "seconds": 3.5,
 }
 
@@ -75,6 +85,9 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
         f"| validation loss | {facts.valid_loss:.4f} nats a target token |",
         "| test | 7 | loss | 2.5000 |",
         "| test | 7 | rougeL | 0.3125 (0.2500 to 0.3750) |",
+        "- the trained prefix, test: data test.jsonl; with `data.references= {goals}`, not the run's own; "
+        "outputs with num_beams 4, max_new_tokens 12; rouge1, rougeL: `rouge-score 0.1`; "
+        "bleu: `nrefs:1|case:mixed`\n",
     ):
         assert said in card
     assert {p.name for p in (tmp_path / "peft").iterdir()} == {
@@ -141,6 +154,16 @@ def test_a_card_opens_the_tokenizer_and_the_code_that_the_run_had():
     assert snippet_of(text).count(", trust_remote_code=True") == 2
 
 
+def test_a_card_imports_the_number_format_and_how_answers_are_written():
+    keys = {"max_new_tokens": 96, "num_beams": 4, "temperature": 0.7, "top_p": 0.9}
+    config = imported_as(
+        card_of("model.dtype=float32", *(f"generate.{name}={v}" for name, v in keys.items()))
+    )
+    assert config.model.dtype == "float32"
+    assert {name: getattr(config.generate, name) for name in keys} == keys
+    assert "`prefix-ds import THIS_FOLDER RUN`" in card_of()
+
+
 def test_a_card_samples_where_the_run_does():
     code = snippet_of(card_of("generate.temperature=0.7", "generate.top_p=0.9"))
     assert "do_sample=True, temperature=0.7, top_p=0.9, top_k=0)" in code
@@ -164,6 +187,8 @@ def test_a_card_loads_a_base_by_its_whole_path_and_leaves_its_authors_settings_o
 def test_words_that_do_not_go_together(run, tmp_path):
     out = tmp_path / "out"
     assert refusal("export", run, out, "--uri", "http://x") == "export: --uri goes with --mlflow NAME"
+    line = refusal("export", run, "mlflow.uri=http://bob:hunter2@x")
+    assert line == "export: mlflow.uri=...: keys to change go with --mlflow NAME; else OUT is named last"
     assert refusal("export", "--merge", run, out) == "export --merge: expected RUN RUN... OUT"
 
 
@@ -177,10 +202,23 @@ def test_the_readmes_script_writes_what_we_write(run, tmp_path):
     assert outcome(code, tmp_path) == ended.out
 
 
+def full_before_the_configuration(_rank):
+    def refused(folder, _config):
+        with telling_disk_errors(folder.path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    importing.write_config = refused
+
+
 def test_an_imported_export_writes_the_same(run, tmp_path):
     exported(tmp_path / "peft", run)
-    (ended,) = command("import", tmp_path / "peft", tmp_path / "back", "model.dtype=float32")
+    words = [tmp_path / "peft", tmp_path / "back", "model.dtype=float32"]
+    (ended,) = command("import", *words, before=full_before_the_configuration)
+    assert "cannot be written" in ended.err
+    assert {path.name for path in tmp_path.iterdir()} == {"peft"}, "a prefix alone is no run"
+    (ended,) = command("import", *words)
     assert ended.code == 0, ended.err
+    assert f"wrote {tmp_path}/back: prefix and run.yaml" in ended.err
     (again,) = command("generate", tmp_path / "back", "generate.max_new_tokens=12", "--prompt", PROMPT)
     assert again.out == written_by_us(run)
     card, _ = exported(tmp_path / "again", tmp_path / "back")
@@ -353,6 +391,7 @@ def test_a_merged_prefix_of_two_texts_is_the_two_side_by_side(family):
 def test_the_command_says_what_merging_means(run, tmp_path):
     card, ended = exported(tmp_path / "both", "--merge", run, run)
     assert MEANING in ended.err
+    assert f"wrote {tmp_path}/both: adapter and card (README.md)" in ended.err
     assert MEANING[1:] in card
     assert "## Where it comes from 2" in card
     length = read_prefix(run / "prefix").length

@@ -1,6 +1,7 @@
 """`prefix-ds generate`: what it writes depends on neither ranks nor batches; it is all there or not there."""
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from prefix_ds.errors import ConfigError, PrefixError, RunError
 from prefix_ds.generate import Request, check_request
 from prefix_ds.opening import open_trained
 from prefix_ds.run_folder import open_run
+from prefix_ds.writing import Written
 from tests.disks import fill_before
 from tests.ranks import command, on_ranks
 from tests.refusals import refusal
@@ -162,6 +164,14 @@ def test_one_prompt_goes_to_the_terminal(run, written):
     assert expected[1] == expected[2] == row["output"] + "\n"
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_terminal_may_not_know_a_letter(monkeypatch, count):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    generating._deliver([Written("über", "straße", ())] * count, None)
+    generating.sys.stdout.flush()
+    assert rb"stra\xdfe" in generating.sys.stdout.buffer.getvalue()
+
+
 def test_prompts_that_lose_their_start_are_counted(run):
     words = ["data.max_length=6", "--prompt", "the cat likes the big red bird under the tree ="]
     first, other = command("generate", run, *words, size=2)
@@ -170,6 +180,15 @@ def test_prompts_that_lose_their_start_are_counted(run):
     assert "lost their start" not in other.err
     line = refusal("generate", run, "data.too_long=error", *words, after_log=True)
     assert line == "the prompt is longer than 6 tokens, and data.too_long is error"
+
+
+def test_what_reaches_further_than_the_base_was_made_for_is_told(run, monkeypatch, capfd):
+    monkeypatch.setattr(generating, "write_outputs", lambda *_: [])
+    for count in (200, 100000):
+        generating.generate(run, [f"generate.max_new_tokens={count}"], Request(prompt="the cat sees ="))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "was made for" in line]
+    assert "prompt, prefix and generate.max_new_tokens come to 1000" in line
+    assert line.endswith(" positions; the base was made for 256")
 
 
 def test_a_run_that_trained_all_weights_writes_with_its_own(run, written, tmp_path):

@@ -39,10 +39,10 @@ from prefix_ds.tracking import (
     read_metrics,
     sync_run,
 )
-from prefix_ds.tracking.facts import read_facts
+from prefix_ds.tracking.facts import cut, read_facts
 from prefix_ds.tracking.machine import Machine
 from prefix_ds.tracking.mlflow_run import MlflowRun
-from prefix_ds.tracking.mlflow_terms import PARAMETER_LENGTH, cut
+from prefix_ds.tracking.mlflow_terms import PARAMETER_LENGTH
 from prefix_ds.tracking.state import only_writer, read_state
 from tests.mlflow_server import MlflowServer, free_port, silent_server
 

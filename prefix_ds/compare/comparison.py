@@ -24,7 +24,7 @@ from prefix_ds.compare.letters import (
     runs_text,
 )
 from prefix_ds.compare.rows import Row, computed, rows_over_seeds, run_row
-from prefix_ds.compare.seen import Seen
+from prefix_ds.compare.seen import DataSet, Reading, Seen
 from prefix_ds.compare.untrained import untrained_rows
 from prefix_ds.errors import RunError
 
@@ -99,8 +99,8 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
     return Comparison(
         source,
         judged,
-        tuple(_ranked(map(finished, rows), judged)),
-        tuple(_ranked(map(finished, singles), judged)),
+        tuple(_ranked(map(finished, _told_apart(rows)), judged)),
+        tuple(_ranked(map(finished, _told_apart(singles)), judged)),
         tuple(keys),
         tuple(measures.results(names, judged)),
         tuple(measures.costs(names, judged)),
@@ -115,12 +115,32 @@ def _differing(runs: Sequence[Seen]) -> list[str]:
     return [name for name in names if len({params.get(name) for params in told}) > 1]
 
 
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Trained rows that share a name, with as much of the ends of their places as they differ in."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        places.setdefault(row.name, []).append(row.members[0].place)
+    return [
+        replace(row, name=f"{row.name} ({_end(row.members[0].place, places[row.name])})")
+        if row.is_trained and len(places[row.name]) > 1
+        else row
+        for row in rows
+    ]
+
+
+def _end(place: str, places: Sequence[str]) -> str:
+    """The fewest last parts of a place that no other ends with."""
+    parts = place.split("/")
+    ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in places) == 1), place)
+
+
 def _ranked(rows: Iterable[Row], by: str) -> list[Row]:
-    """The best first; those without the measure last. The best of each data set is marked."""
+    """The best first; those without the measure last. The best of each data set is marked, one that still has
+    its result if there is any."""
     in_order = sorted(rows, key=lambda row: (_rank(row, by), not row.is_trained, row.name))
-    best = {
-        row.data: index for index, row in reversed([*enumerate(in_order)]) if math.isfinite(_rank(row, by))
-    }
+    known = [(index, row) for index, row in enumerate(in_order) if math.isfinite(_rank(row, by))]
+    best = {row.data: index for index, row in sorted(known, key=lambda item: (item[1].has_result, -item[0]))}
     return [replace(row, is_best=best.get(row.data) == index) for index, row in enumerate(in_order)]
 
 
@@ -145,7 +165,11 @@ def _warnings(runs: Sequence[Seen], letter_of: Letters, measured: Collection[Bas
     lines = [data_line(basis, runs, letter_of) for basis in BASES if basis in measured]
     lines += [_written_line(split, runs) for split in SPLITS]
     lines += [f"{run.name}: its result is gone ({run.place})" for run in runs if run.result_is_gone]
+    lines += [
+        _changed_line(run, *read) for run in runs for read in sorted(run.evaluated.items()) if read[1].changed
+    ]
     lines += [_outdated_line(run) for run in runs if run.outdated]
+    lines += [line for run in runs for line in run.damaged]
     return [line for line in dict.fromkeys(lines) if line]
 
 
@@ -155,6 +179,11 @@ def _written_line(split: str, runs: Sequence[Seen]) -> str:
     counts = Counter(text for texts in ways for text in sorted(texts))
     told = "; ".join(f"{text}, {runs_text(count)}" for text, count in counts.items())
     return f"outputs for {SPLITS[split]} were written differently: {told}" if len(counts) > 1 else ""
+
+
+def _changed_line(run: Seen, reading: Reading, data: DataSet) -> str:
+    where, words = ", ".join(filter(None, reading)), [f"{key}={text or ''}" for key, text in data.changed]
+    return f"{run.name}: evaluated ({where}) with {', '.join(words)}, not its own"
 
 
 def _outdated_line(run: Seen) -> str:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefix_ds.compare.seen import DataSet, Reading, Value
+from prefix_ds.errors import RunError
 from prefix_ds.tracking import Told, tagged_evaluations, told_of
-from prefix_ds.verdicts import Mark, Verdict, read_verdicts
+from prefix_ds.verdicts import Mark, Verdict, read_verdict, verdict_files
 
 _FOLDER = "evaluate"
 _KINDS = {"bare": "base", "instruction": "instruction"}  # by what stands behind the split
 _BOUNDS = ("low", "high")
+_ALWAYS = ("loss", "perplexity")  # what every evaluation finds
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Evaluations:
     untrained: dict[str, dict[str, Value]] = field(default_factory=dict)
     told: dict[Reading, Told] = field(default_factory=dict)
     outdated: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # what is wrong with those that cannot be read
 
     def add(self, name: str, scores: Mapping[str, Value], told: Told, *, is_outdated: bool) -> None:
         """The scores of a file, or a group of metrics, of that name: a split, maybe with a kind behind it."""
@@ -59,15 +62,20 @@ def _reading(name: str) -> Reading:
 
 def _data(told: Told, known: DataSet | None) -> DataSet:
     data = DataSet(told.data, records=told.records, targets=told.targets)
-    if known is None or known.source != told.data or not known.may_be(data):
-        return data
-    return replace(known, records=told.records, targets=told.targets or known.targets)
+    if known is not None and known.source == told.data and known.may_be(data):
+        data = replace(known, records=told.records, targets=told.targets or known.targets)
+    return replace(data, changed=tuple(sorted(told.changed.items())))
 
 
 def read_evaluations(run: Path, now: Mark) -> Evaluations:
-    """Those of a run folder, whose result is `now`. Raises RunError for a file that is none."""
+    """Those of a run folder, whose result is `now`."""
     found = Evaluations()
-    for name, verdict in read_verdicts(run).items():
+    for name, path in verdict_files(run).items():
+        try:
+            verdict = read_verdict(path)
+        except RunError as error:
+            found.damaged.append(str(error))
+            continue
         is_outdated = verdict.mark.is_other_than(now)
         found.add(name, _values(verdict), told_of(verdict), is_outdated=is_outdated)
     return found
@@ -85,7 +93,9 @@ def told_evaluations(metrics: Mapping[str, float], tags: Mapping[str, str], now:
     found, tagged = Evaluations(), tagged_evaluations(tags)
     for name, values in scores.items():
         told = tagged.get(name, Told())
-        found.add(name, values, told, is_outdated=told.mark.is_other_than(now))
+        made = values if told.scores is None else {*_ALWAYS, *told.scores.split()}
+        latest = {score: value for score, value in values.items() if score in made}
+        found.add(name, latest, told, is_outdated=told.mark.is_other_than(now))
     return found
 
 

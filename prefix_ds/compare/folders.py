@@ -31,6 +31,7 @@ from prefix_ds.tracking import (
 
 _SPLITS = ("train", "valid", "test")
 _NAMED = 3  # folders
+_TRACES = ("facts.json", "metrics.jsonl", "prefix", "model")  # what a run leaves, or an import
 
 
 class Folders:
@@ -74,13 +75,17 @@ def data_of(params: dict[str, str], noted: Sequence[DatasetFacts]) -> dict[str, 
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    if (path / "run.yaml").is_file():
+    """Itself, or runs one or two folders below it: a folder with a run.yaml alone only describes one."""
+    has_config = (path / "run.yaml").is_file()
+    if has_config and any((path / name).exists() for name in _TRACES):
         yield path
         return
-    below = sorted(folder.parent for folder in path.glob("*/run.yaml"))
-    if not below:
+    below = sorted(path.glob("*/run.yaml")) or sorted(path.glob("*/*/run.yaml"))
+    if not below and has_config:
+        yield path
+    elif not below:
         raise RunError(f"{path}: is no run folder and has none in it: there is no run.yaml")
-    yield from below
+    yield from (file.parent for file in below)
 
 
 def _seen(run: Path) -> Seen:
@@ -100,6 +105,7 @@ def _seen(run: Path) -> Seen:
         found.data(data),
         found.written,
         tuple(found.outdated),
+        tuple(found.damaged),
         facts.started,
         result_is_gone=bool(facts.status) and size is None and "valid_step" in numbers,
     )

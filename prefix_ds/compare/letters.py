@@ -75,10 +75,11 @@ def _identity(basis: Basis, runs: Sequence[Seen]) -> Callable[[Seen, DataSet], t
     told += [name for name in sizes if all(getattr(data, name) for data in read)]
 
     def identity(run: Seen, data: DataSet) -> tuple[object, ...]:
-        target = run.params.get("data.target", "")
+        params = run.params_for(data)
+        target = params.get("data.target", "")
         if split != "train":
-            target = run.params.get("data.references", target)
-        return target, run.params.get("data.messages"), *(getattr(data, name) for name in told)
+            target = params.get("data.references", target)
+        return target, params.get("data.messages"), *(getattr(data, name) for name in told)
 
     return identity
 

@@ -93,6 +93,7 @@ def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
         found.data(data),
         found.written,
         tuple(found.outdated),
+        tuple(found.damaged),
         run.started,
         result_is_gone=_lost_before(run),
     )

@@ -52,6 +52,11 @@ class Row:
         return self.kind in ("run", "seeds")
 
     @property
+    def has_result(self) -> bool:
+        """Whether what its values are of is still there, of one of its runs at least."""
+        return not self.is_trained or not all(run.result_is_gone for run in self.counted or self.members)
+
+    @property
     def notes(self) -> list[str]:
         """What is to be known of its runs: how they ended, what is missing."""
         if not self.is_trained:
@@ -124,6 +129,8 @@ def _apart(measure: str, runs: Sequence[Seen]) -> str:
         return ""
     having = [run for run in runs if measure in run.values]
     read = {data for run in having if (data := measured_on(run, measure)) is not None}
+    if len({data.changed for data in read}) > 1:
+        return "with different keys"
     if not all(one.may_be(other) for one in read for other in read):
         return "of different data"
     written = {text for run in having if (text := run.written.get((split, "")))}
@@ -152,6 +159,7 @@ def _notes_of(run: Seen) -> list[str]:
     words = ["no metrics yet"] if not any(name != "result_bytes" for name in run.values) else []
     words += [_ENDS[run.status]] if run.status in _ENDS else []
     words += ["evaluated earlier"] if run.outdated else []
+    words += ["evaluation damaged"] if run.damaged else []
     return words + (["result gone"] if run.result_is_gone else [])
 
 

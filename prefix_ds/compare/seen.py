@@ -32,10 +32,11 @@ class DataSet:
     records: int = 0
     examples: int = 0
     targets: int = 0  # tokens that a loss is a mean over
+    changed: tuple[tuple[str, str | None], ...] = ()  # keys that an evaluation had otherwise than the run
 
     def may_be(self, other: "DataSet") -> bool:
         """Whether nothing that is known of both differs."""
-        return all(
+        return self.changed == other.changed and all(
             mine == its for mine, its in zip(astuple(self), astuple(other), strict=True) if mine and its
         )
 
@@ -54,5 +55,11 @@ class Seen:
     evaluated: Mapping[Reading, DataSet] = field(default_factory=dict)  # what evaluations read
     written: Mapping[Reading, str] = field(default_factory=dict)  # how the outputs were that they scored
     outdated: Sequence[str] = ()  # measures of an earlier result than the run has now
+    damaged: Sequence[str] = ()  # what is wrong with evaluations that cannot be read
     started: float = 0  # unix seconds
     result_is_gone: bool = False
+
+    def params_for(self, data: DataSet | None) -> dict[str, str]:
+        """Its keys, as they were where this was read."""
+        told = {**self.params, **dict(data.changed if data else ())}
+        return {key: text for key, text in told.items() if text is not None}

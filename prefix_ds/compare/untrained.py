@@ -2,23 +2,21 @@
 
 Both come out of the runs themselves: the bare base is what `train.method: full` validates before its first
 step, the instruction alone what a prefix made of a text validates before its own. `evaluate` adds scores on
-other splits. Runs tell of one such way where all keys are equal that reach its numbers, and what its
-evaluations read and wrote; what tells several apart stands in their titles.
+other splits, maybe with keys that it was told. Runs tell of one such way where all keys are equal that reach
+its numbers, and what its evaluations read and wrote; what tells several apart stands in their titles.
 
 Knows nothing of where runs were found or how rows are shown.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from prefix_ds.compare.letters import measured_on
 from prefix_ds.compare.measures import DEFAULT, is_score, split_of
 from prefix_ds.compare.rows import Row
 from prefix_ds.compare.seen import DataSet, Seen, Value, Values
+from prefix_ds.verdicts import keys_read
 
-_SECTIONS = {"base": ("model.", "data."), "instruction": ("model.", "data.", "prefix.")}
-_UNREAD = {f"model.{name}" for name in ("recompute", "attention")}  # change nothing without training
-_UNREAD |= {f"data.{name}" for name in ("train", "valid", "test", "task", "packing", "workers")}
 _TITLED = {"base": {"model.name"}, "instruction": {"prefix.text", "prefix.length"}}  # stand in titles anyhow
 
 
@@ -27,8 +25,8 @@ def untrained_rows(runs: Sequence[Seen], data: Callable[[Seen], str]) -> list[Ro
     groups: dict[tuple[str, str, frozenset[tuple[str, str]]], list[_Start]] = {}
     for run in runs:
         for kind, values in _untrained(run).items():
-            start = _Start(run, kind, values)
-            groups.setdefault((kind, data(run), frozenset(start.keys.items())), []).append(start)
+            for start in _starts(run, kind, values):
+                groups.setdefault((kind, data(run), frozenset(start.keys.items())), []).append(start)
     ways = [way for group in groups.values() for way in _ways(group)]
     kinds = {way[0].kind for way in ways}
     apart = {kind: _differing([way[0] for way in ways if way[0].kind == kind]) for kind in kinds}
@@ -42,12 +40,12 @@ class _Start:
     run: Seen
     kind: str
     values: Values
+    params: Mapping[str, str]  # of the run, as they were there
 
     @property
     def keys(self) -> dict[str, str]:
         """All that reach its numbers, but for the data."""
-        sections = _SECTIONS.get(self.kind, _SECTIONS["base"])
-        return {k: v for k, v in self.run.params.items() if k.startswith(sections) and k not in _UNREAD}
+        return keys_read(self.params, self.kind)
 
     @property
     def told(self) -> dict[str, str]:
@@ -61,10 +59,26 @@ class _Start:
     def readings(self) -> dict[str, tuple[DataSet | None, str]]:
         """Of each split that was evaluated, what was read, and how outputs were written."""
         names = {split_of(name): name for name in self.values if is_score(name)}
+        read = {split: measured_on(self.run, name, self.kind) for split, name in names.items()}
         return {
-            split: (measured_on(self.run, name, self.kind), self.run.written.get((split, self.kind), ""))
-            for split, name in names.items()
+            split: (data and replace(data, changed=()), self.run.written.get((split, self.kind), ""))
+            for split, data in read.items()
         }
+
+
+def _starts(run: Seen, kind: str, values: Values) -> list[_Start]:
+    """What a run tells of a kind, apart where its evaluations had other keys."""
+    read = {name: measured_on(run, name, kind) for name in values}
+    ways = dict.fromkeys(data.changed if data else () for data in read.values())
+    return [
+        _Start(
+            run,
+            kind,
+            {name: values[name] for name, data in read.items() if (data.changed if data else ()) == changed},
+            run.params_for(DataSet("", changed=changed)),
+        )
+        for changed in ways
+    ]
 
 
 def _ways(group: Sequence[_Start]) -> list[list[_Start]]:
@@ -99,7 +113,7 @@ def _untrained_row(way: Sequence[_Start], apart: set[str]) -> Row:
     facts = [f"{name}: {value}" for name, value in first.told.items() if name in apart and value]
     end = f" ({', '.join(facts)})" if facts else ""
     values = {name: value for start in reversed(way) for name, value in start.values.items()}
-    return Row(_title(first.kind, first.run) + end, first.kind, tuple(start.run for start in way), values)
+    return Row(_title(first.kind, first.params) + end, first.kind, tuple(start.run for start in way), values)
 
 
 def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
@@ -117,12 +131,12 @@ def _untrained(run: Seen) -> dict[str, dict[str, Value]]:
     return found
 
 
-def _title(kind: str, run: Seen) -> str:
+def _title(kind: str, params: Mapping[str, str]) -> str:
     if kind == "base":
-        return f"bare base {_short_path(run.params.get('model.name', ''))}".rstrip()
+        return f"bare base {_short_path(params.get('model.name', ''))}".rstrip()
     if kind != "instruction":
         return kind
-    text, length = " ".join(run.params.get("prefix.text", "").split()), run.params.get("prefix.length")
+    text, length = " ".join(params.get("prefix.text", "").split()), params.get("prefix.length")
     positions = f" ({length} positions)" if length else ""
     return f"instruction alone{positions}: {text}"
 

@@ -7,7 +7,7 @@ Knows nothing of models.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class Evaluation:
     front: Front  # what stood in front of the texts
     mark: Mark  # of what was trained; nothing is known where it was left out
     data: str | list[str]  # as run.yaml has it
+    changed: Mapping[str, str | None]  # the keys that numbers come from, where they are not those of run.yaml
     prompts: Sequence[Prompt]
     losses: RecordLosses
     outputs: Sequence[str] | None  # None: there was nothing to score them by
@@ -64,6 +65,7 @@ class Evaluation:
             step=self.mark.step,
             sha256=self.mark.sha256,
             data=self.data,
+            changed=self.changed,
             records=len(self.prompts),
             targets=self.losses.num_targets,
             loss=self.losses.loss,
@@ -88,7 +90,10 @@ class Evaluation:
 
 
 def write_evaluation(folder: Path, found: Evaluation) -> None:
-    """Writes both files, or neither, into `folder`, of the run folder. Raises RunError."""
+    """Writes both files into `folder`, of the run folder, or on a full disk neither. Raises RunError.
+
+    Killed between the two renames, it leaves new lines beside the verdict of before.
+    """
     with telling_disk_errors(folder):
         folder.mkdir(exist_ok=True)
     lines, verdict = folder / f"{found.name}.jsonl", folder / f"{found.name}.json"

@@ -112,6 +112,11 @@ class PrefixLM:
         return int(getattr(text_config(self.base), "hidden_size", 0))
 
     @property
+    def made_for(self) -> int | None:
+        """The most positions that the base was made for; None where it does not tell."""
+        return getattr(text_config(self.base), "max_position_embeddings", None)
+
+    @property
     def limits(self) -> tuple[str, ...]:
         """What does not hold for this base, a line each."""
         return limits_of(text_config(self.base), self._findings)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import get_args
 
 from prefix_ds.config.keys import ScoreName
-from prefix_ds.errors import ConfigError
 from prefix_ds.scores.answers import exact_match, f1
 from prefix_ds.scores.overlap import bleu, chrf
 from prefix_ds.scores.rouge import rouge
@@ -53,10 +52,7 @@ class Scored:
 
 
 def names_of(chosen: Sequence[str]) -> tuple[str, ...]:
-    """The scores that some names and names of groups stand for, each once. Raises ConfigError."""
-    unknown = [name for name in chosen if name not in _TABLE and name not in _GROUPS]
-    if unknown:
-        raise ConfigError(f"{unknown[0]!r}: unknown score; known: {', '.join([*_GROUPS, *KNOWN])}")
+    """The scores that some names and names of groups stand for, each once."""
     return tuple(dict.fromkeys(name for group in chosen for name in _GROUPS.get(group, (group,))))
 
 

@@ -4,22 +4,27 @@
     evaluate.test.step           the step of what was evaluated: a run may go on afterwards
     evaluate.test.records        how many there were; and the tokens that the loss is a mean over (targets)
     evaluate.test.generate       how outputs were written, where there are scores of them
+    evaluate.test.scores         which there are: metrics of earlier evaluations of the split stay beside them
+    evaluate.test.changed        the keys that it was told otherwise than run.yaml has them, as JSON
     evaluate.test.bare.data      the same of the base with nothing in front
 
 Knows nothing of MLflow or of scores.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefix_ds.errors import RunError
+from prefix_ds.tracking.facts import cut
 from prefix_ds.tracking.masking import masked
 from prefix_ds.verdicts import Mark, Verdict, read_verdict, verdict_files
 
 _HEAD = "evaluate."
+_LONGEST = 1000  # characters of a changed key: templates and a text together are no longer than a tag
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Told:
     records: int = 0
     targets: int = 0
     generate: str = ""
+    scores: str | None = None  # their names
+    changed: Mapping[str, str | None] = field(default_factory=dict)  # without secrets
 
     @property
     def mark(self) -> Mark:
@@ -42,7 +49,10 @@ def told_of(verdict: Verdict) -> Told:
     """What a verdict was of."""
     data = verdict.data or ""
     source = masked(data if isinstance(data, str) else json.dumps(data))
-    return Told(source, verdict.step, verdict.records, verdict.targets, _written(verdict))
+    scores = " ".join(verdict.scores)
+    return Told(
+        source, verdict.step, verdict.records, verdict.targets, _written(verdict), scores, verdict.changed
+    )
 
 
 def evaluation_tags(run: Path) -> dict[str, str]:
@@ -67,13 +77,20 @@ def tagged_evaluations(tags: Mapping[str, str]) -> dict[str, Told]:
     return {name: Told(**facts) for name, facts in found.items()}
 
 
-def _text(value: str | int | None) -> str:
+def _text(value: str | int | Mapping[str, str | None] | None) -> str:
     """An empty one too: what an earlier evaluation told must not stay."""
+    if isinstance(value, Mapping):
+        short = {key: text and cut(text, _LONGEST) for key, text in value.items()}
+        return json.dumps(short, ensure_ascii=False) if value else ""
     return "" if value is None else str(value)
 
 
-def _value(fact: str, text: str) -> str | int | None:
-    if fact in ("data", "generate"):
+def _value(fact: str, text: str) -> str | int | dict[str, str | None] | None:
+    if fact == "changed":
+        with contextlib.suppress(ValueError, TypeError):
+            return dict(json.loads(text))
+        return None
+    if fact in ("data", "generate", "scores"):
         return text
     return int(text) if fact in ("step", "records", "targets") and text.isdecimal() else None
 

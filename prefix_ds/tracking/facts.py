@@ -8,6 +8,7 @@ Knows nothing of MLflow's limits or of how a run is trained.
 """
 
 import getpass
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -132,6 +133,14 @@ def _without_secrets(tree: Any, above: str) -> Any:
     if tree and is_secret(above.rpartition(".")[2]):
         return STARS
     return masked(tree, is_template=".".join(above.split(".")[-2:]) in _TEMPLATES)
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or as much of its start as the limit takes, and a digest of all of it: two texts stay two."""
+    if len(text) <= limit:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{text[: limit - 20]}... {digest}"
 
 
 def _write(run: Path, facts: Facts) -> None:

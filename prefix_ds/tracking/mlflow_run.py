@@ -19,7 +19,7 @@ from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from prefix_ds.tracking.evaluated import evaluation_tags
-from prefix_ds.tracking.facts import read_facts
+from prefix_ds.tracking.facts import cut, read_facts
 from prefix_ds.tracking.masking import masked
 from prefix_ds.tracking.metrics import FILE as METRICS_FILE
 from prefix_ds.tracking.metrics import MetricsReader, Record, read_metrics
@@ -28,7 +28,6 @@ from prefix_ds.tracking.mlflow_terms import (
     METRICS_A_REQUEST,
     PARAMETER_LENGTH,
     TAG_LENGTH,
-    cut,
     dataset_input,
     is_refusal,
     live_run,

@@ -6,7 +6,6 @@ take everything in the same request with it.
 Knows nothing of runs.
 """
 
-import hashlib
 import logging
 import re
 
@@ -14,7 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from prefix_ds.tracking.facts import DatasetFacts
+from prefix_ds.tracking.facts import DatasetFacts, cut
 from prefix_ds.tracking.masking import masked
 
 METRICS_A_REQUEST = 1000
@@ -68,14 +67,6 @@ def plain_key(name: str) -> str:
     """A name that MLflow takes: few characters, and none that means another place as a path."""
     plain = re.sub(r"[^\w./ :-]", "_", name)[:_KEY_LENGTH]
     return "/".join(part for part in plain.split("/") if part.strip(".")) or "_"
-
-
-def cut(text: str, limit: int) -> str:
-    """The text, or as much of its start as MLflow takes, and a digest of all of it: two texts stay two."""
-    if len(text) <= limit:
-        return text
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return f"{text[: limit - 20]}... {digest}"
 
 
 def quiet_mlflow() -> None:
