@@ -101,7 +101,7 @@ def check_prompts(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys)
 def tell_far(writer: Writer, prompts: Sequence[Prompt], keys: GenerateKeys) -> None:
     """A warning, where outputs may reach further than the base was made for. Rank 0 calls this."""
     longest, most = _longest(writer, prompts, keys), writer.lm.made_for
-    if most is not None and 0 < most < longest:
+    if most is not None and most < longest:
         log.warning(
             "prompt, prefix and generate.max_new_tokens come to %d positions; the base was made for %d",
             longest,

@@ -375,7 +375,7 @@ def test_what_a_killed_rank_has_started_has_time_to_tell_how_it_ended(monkeypatc
     """MLflow's mirror: else the run would be running there for ever."""
     monkeypatch.chdir(tmp_path)
     child = "(until [ -e killed ]; do sleep 0.1; done; touch told) > /dev/null"
-    ranks, _ = ranks_that(monkeypatch, f"{child} & touch begun; wait")
+    ranks, _ = ranks_that(monkeypatch, f"{child} & touch begun; while :; do wait; done")
 
     async def killed():
         running = asyncio.ensure_future(anext(ranks.run(os.environ)))
@@ -473,7 +473,7 @@ def test_what_is_no_secret_is_not_refused(run_file, word):
     job_spec(run_file, [word])
 
 
-@pytest.mark.parametrize("folder", [".", "/", "", "runs/.."])
+@pytest.mark.parametrize("folder", [".", "/", "runs/.."])
 def test_a_run_folder_without_a_name_is_refused(run_file, folder):
     with pytest.raises(LaunchError, match=r"^run\.folder: .*: expected a folder with a name"):
         local_plan(job_spec(run_file, [f"run.folder={folder}"]))

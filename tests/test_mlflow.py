@@ -415,7 +415,7 @@ def test_a_killed_trainer_is_told_as_failed(server: MlflowServer, run: Path) -> 
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    mirror.wait(timeout=10)
+    mirror.wait(timeout=60)
     found = only_run(server.uri, run)
     assert (found.info.status, history(server.uri, found)) == ("FAILED", [(7, 0.125)])
 

@@ -184,7 +184,7 @@ def test_rows_between_two_numbers_are_in_line():
     assert found.flops == pytest.approx(some.flops, rel=0.01)
     for mine, theirs in zip(found.highest, some.highest, strict=True):
         # while a layer is there the larger of several things counts, which is in line for each of them
-        assert 0.99 * theirs.total <= mine.total <= 1.1 * theirs.total
+        assert 0.99 * theirs.total <= mine.total <= 1.12 * theirs.total
     peaks = (max(alive.total for alive in rehearsal.highest) for rehearsal in (found, some))
     assert next(peaks) == pytest.approx(next(peaks), rel=0.02)
 

@@ -33,7 +33,7 @@ from prefix_ds.model.gates import take_over_gates
 from prefix_ds.model.head import Head
 from prefix_ds.model.likelihood import nll_of_each, nll_of_each_behind, summed_nll
 from prefix_ds.model.norms import take_over_norms
-from prefix_ds.model.positions import check_length, positions_of
+from prefix_ds.model.positions import check_length, num_rotary, positions_of
 from prefix_ds.model.recompute import Recomputation
 from prefix_ds.model.sources import Given, Recorder
 from prefix_ds.model.steps import Steps
@@ -113,8 +113,8 @@ class PrefixLM:
 
     @property
     def made_for(self) -> int | None:
-        """The most positions that the base was made for; None where it does not tell."""
-        return getattr(text_config(self.base), "max_position_embeddings", None)
+        """The most rotary positions that the base was made for; None where it does not tell."""
+        return num_rotary(self.base)
 
     @property
     def limits(self) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def check_length(base: Any, num_positions: int, key: str) -> None:
 
 def beyond_training(base: Any, num_positions: int, key: str) -> str | None:
     """A line that names `key`, where the base has rotary positions and was made for fewer."""
-    limit = _num_rotary(base.config.get_text_config(decoder=True))
+    limit = num_rotary(base)
     if limit is None or num_positions <= limit:
         return None
     return (
@@ -83,10 +83,14 @@ def beyond_training(base: Any, num_positions: int, key: str) -> str | None:
     )
 
 
-def _num_rotary(config: Any) -> int | None:
-    """As many as are said, or what a factor makes of them; None where that is not known."""
+def num_rotary(base: Any) -> int | None:
+    """The rotary positions that a base was made for: as many as are said, or what a factor makes of them.
+
+    None where that is not known.
+    """
+    config = base.config.get_text_config(decoder=True)
     limit, rotary = (getattr(config, key, None) for key in ("max_position_embeddings", "rope_parameters"))
-    if not limit or not rotary:
+    if not rotary or not limit or limit < 1:
         return None
     kinds = [kind for kind in rotary.values() if isinstance(kind, dict)] or [rotary]  # by kind of layer
     stretched = [
