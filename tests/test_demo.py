@@ -172,3 +172,15 @@ def test_the_story_is_told_without_torch():
     program = "import sys, prefix_ds.demo; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_measuring_ends_as_a_command_does(monkeypatch, tmp_path):
+    """What ranks have met with is not torn down: one process in twelve died of it at its very end."""
+    from prefix_ds.demo import measure
+
+    ends = []
+    monkeypatch.setattr(sys, "argv", ["measure", str(tmp_path)])
+    monkeypatch.setattr(measure, "measure", ends.append)
+    monkeypatch.setattr(measure, "end_process", ends.append)
+    measure.main()
+    assert ends == [tmp_path, 0]

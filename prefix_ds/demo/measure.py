@@ -19,8 +19,9 @@ from prefix_ds.data.examples import load_examples
 from prefix_ds.data.prompts import read_prompts
 from prefix_ds.data.stream import Sweep
 from prefix_ds.demo.comparison import Comparison, Scores, write_comparison
-from prefix_ds.dist import World, joined_world, peers_may_die
+from prefix_ds.dist import World, end_process, joined_world, peers_may_die
 from prefix_ds.engine.prefix_engine import mean_loss
+from prefix_ds.errors import EXIT_DONE
 from prefix_ds.initial import initial_prefix
 from prefix_ds.logs import configure_logging
 from prefix_ds.opening import Opened, open_trained
@@ -71,5 +72,11 @@ def _test_records(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(row["record"] for row in rows), tuple(row["text"] for row in rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measures in the folder that is named, and ends the process as a command does."""
     measure(Path(sys.argv[1]))
+    end_process(EXIT_DONE)
+
+
+if __name__ == "__main__":
+    main()
