@@ -147,12 +147,13 @@ def _deliver(
 ) -> None:
     """Scores, writes, shows and tells. Rank 0 calls this."""
     names = names_of(config.evaluate.scores or ())
+    _, kept = open_run(folder.path)
     found = Evaluation(
         split=request.split,
         front=request.front,
         mark=mark,
         data=source_of(request.split, config.data),
-        changed=_changed(folder, config, request.front),
+        changed=_changed(folder, kept, config, request.front),
         prompts=prompts,
         losses=losses,
         outputs=outputs,
@@ -166,14 +167,13 @@ def _deliver(
         folder.path,
         mark.step or 0,
         found.metrics(),
-        uri=_named_uri(folder, config),
+        uri=_named_uri(kept, config),
         is_mirrored=config.mlflow.uri is not None,
     )
 
 
-def _changed(folder: RunFolder, config: RunConfig, front: Front) -> dict[str, str | None]:
+def _changed(folder: RunFolder, kept: RunConfig, config: RunConfig, front: Front) -> dict[str, str | None]:
     """The keys that the numbers come from and that are not those of run.yaml, without secrets."""
-    _, kept = open_run(folder.path)
     own, now = (
         keys_read(_params(folder, keys), "" if front == "trained" else front) for keys in (kept, config)
     )
@@ -185,7 +185,6 @@ def _params(folder: RunFolder, config: RunConfig) -> dict[str, str]:
     return flattened(without_secrets(keys.model_dump(mode="json")))
 
 
-def _named_uri(folder: RunFolder, config: RunConfig) -> str | None:
+def _named_uri(kept: RunConfig, config: RunConfig) -> str | None:
     """The server that an override names, maybe with the password that run.yaml has not; None: the run's."""
-    _, kept = open_run(folder.path)
     return config.mlflow.uri if config.mlflow.uri != kept.mlflow.uri else None
