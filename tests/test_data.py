@@ -1004,6 +1004,13 @@ def test_load_examples_is_the_same_in_a_group_of_one(tmp_path, tokenizer, monkey
     assert tokens_of(loaded) == tokens_of(tokenise_split("train", data, tokenizer))
 
 
+def test_a_world_of_one_can_be_joined_again_after_an_error(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for _ in range(2):
+        with pytest.raises(DataError, match="a mistake"), dist.joined_world():
+            raise DataError("a mistake")
+
+
 def test_a_token_that_the_base_has_not_is_told(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     data, tokenizer = DataKeys(train=str(path), prompt="{q}", target="{a}"), make_tokenizer()
