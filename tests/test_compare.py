@@ -29,6 +29,7 @@ from prefix_ds.compare.command import comparison_of
 from prefix_ds.compare.comparison import Comparison, compared
 from prefix_ds.compare.data import as_data
 from prefix_ds.compare.folders import Folders
+from prefix_ds.compare.measures import written
 from prefix_ds.compare.mlflow_runs import MlflowRuns
 from prefix_ds.compare.page import page
 from prefix_ds.compare.rows import Row
@@ -233,6 +234,20 @@ def test_seeds_are_in_the_order_of_numbers_and_may_be_any_text(tmp_path: Path) -
     comparison = of_folders(tmp_path)
     assert "\x1b[31m" in row(comparison, "a").seeds
     assert "\x1b" not in on_terminal(comparison) + page_of(comparison, tmp_path)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_are_whole_on_a_narrow_terminal(tmp_path: Path, width: int) -> None:
+    made = ("rouge1", "rouge2", "rougeL", "bleu", "chrf")
+    for run in a_sweep(tmp_path):
+        evaluated(run, "test", 2.0, dict.fromkeys(made, (25.0, 24.0, 26.0)))
+    comparison = of_folders(tmp_path)
+    text = on_terminal(comparison, width)
+    for line in comparison.rows:
+        for name, value in line.values.items():
+            is_shown = any(name in columns.measures for columns in comparison.tables)
+            assert not is_shown or f" {written(name, value)} " in text, name
+    assert {len(line) for line in text.splitlines() if line.startswith(" ")} <= set(range(width + 1))
 
 
 def test_curves_and_levels_are_told_apart_without_colours(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 Knows nothing of how it was made; imports rich and nothing heavy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from prefix_ds.compare import measures
@@ -17,7 +18,7 @@ from prefix_ds.compare.rows import Row
 from prefix_ds.errors import printable
 
 KEYS_BESIDE = 3  # so many differing keys stand in the first table; more have one of their own
-_NARROWEST = 12  # characters of the column of names
+_NARROWEST = 12  # characters of a column of words, where there is no room for more
 _LONGEST = 48  # characters of a value or a name
 
 
@@ -25,10 +26,11 @@ def show(console: Console, comparison: Comparison) -> None:
     """The tables, then the warnings."""
     beside = _keys_beside(console, comparison)
     console.print(_plain(_heading(comparison)), style="bold", soft_wrap=True)
-    for table in comparison.tables:
-        console.print(_figures(table.title, comparison.rows, beside, table))
-    for table in comparison.tables if comparison.has_seeds else ():
-        console.print(_figures(f"{table.title}, each run", comparison.runs, (), table))
+    for columns in comparison.tables:
+        console.print(*_fitting(console, comparison.rows, beside, columns))
+    for columns in comparison.tables if comparison.has_seeds else ():
+        each = replace(columns, title=f"{columns.title}, each run")
+        console.print(*_fitting(console, comparison.runs, (), each))
     if comparison.keys and not beside:
         console.print(_differences(comparison))
     for line in comparison.warnings:
@@ -40,7 +42,7 @@ def _keys_beside(console: Console, comparison: Comparison) -> Sequence[str]:
     keys, columns = comparison.keys, comparison.tables[0]
     if len(keys) > KEYS_BESIDE:
         return ()
-    table = _figures(columns.title, comparison.rows, keys, columns)
+    table = _figures(comparison.rows, keys, columns)
     wished = Measurement.get(console, console.options.update(width=10 * console.width), table)
     return keys if wished.maximum <= console.width else ()
 
@@ -50,8 +52,31 @@ def _heading(comparison: Comparison) -> str:
     return f"{comparison.source}, by {measures.title(comparison.by)} ({way} is better)"
 
 
-def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], columns: Columns) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+def _fitting(console: Console, rows: Sequence[Row], keys: Sequence[str], columns: Columns) -> Iterator[Table]:
+    """The columns in as many tables as it takes, each with as many measures as there is room for."""
+    names = columns.measures
+    for count in range(len(names), 0, -1):
+        table = _figures(rows, keys, replace(columns, measures=names[:count]))
+        if count == 1 or _least_width(table) <= console.width:
+            yield table
+            rest = replace(columns, title="", measures=names[count:], is_first=False)
+            yield from _fitting(console, rows, (), rest)
+            return
+
+
+def _least_width(table: Table) -> int:
+    """Where words are folded and numbers are whole."""
+
+    def width(column: Column) -> int:
+        widest = max(text.cell_len for text in (column.header, *column.cells) if isinstance(text, Text))
+        return widest if column.no_wrap else min(widest, _NARROWEST)
+
+    between = 3  # with the space around a cell
+    return 1 + sum(width(column) + between for column in table.columns)
+
+
+def _figures(all_rows: Sequence[Row], all_keys: Sequence[str], columns: Columns) -> Table:
+    table = Table(title=columns.title or None, title_justify="left", box=box.SIMPLE_HEAD)
     names, rows = columns.measures, columns.rows(all_rows)
     keys = all_keys if columns.is_first else ()
     has_data = columns.is_first and any(row.data for row in rows)
@@ -67,9 +92,9 @@ def _figures(title: str, all_rows: Sequence[Row], all_keys: Sequence[str], colum
     for head in heads:
         table.add_column(_plain(head), overflow="fold", min_width=_NARROWEST if head == "run" else None)
     for name in names:
-        table.add_column(_plain(measures.title(name)), justify="right", overflow="fold")
+        table.add_column(_plain(measures.title(name)), justify="right", no_wrap=True)
     if has_notes:
-        table.add_column("")
+        table.add_column(_plain(""))
     for row in rows:
         cells = [
             "best" if row.is_best else "",
