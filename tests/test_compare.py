@@ -182,6 +182,20 @@ def test_a_run_that_has_only_begun_counts_for_nothing(tmp_path: Path) -> None:
     assert "mean of 2 of 3 runs" in found.notes
 
 
+def test_runs_without_validation_are_told_what_they_can_be_judged_by(tmp_path: Path) -> None:
+    for number, bleu in enumerate((20.0, 30.0)):
+        run = made_run(tmp_path, f"r{number}", "data.valid=", f"train.lr=0.{number + 1}")
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(line for line in lines if "valid/loss" not in line))
+        evaluated(run, "test", 2.0, {"bleu": (bleu, 10.0, 40.0)})
+    comparison = of_folders(tmp_path)
+    assert best(comparison) == []
+    (warning,) = comparison.warnings
+    assert "no row has a validation loss, so none is the best; --by can name test/bleu, test/loss" in warning
+    assert best(of_folders(tmp_path, by="bleu")) == ["r1"]
+    assert of_folders(tmp_path, by="bleu").warnings == ()
+
+
 def test_templates_that_name_other_fields_are_other_runs(tmp_path: Path) -> None:
     for field in ("token", "word"):
         made_run(tmp_path, field, f"data.prompt='Token: {{{field}}} Tag:'")

@@ -89,7 +89,8 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
     names = [name for row in (*rows, *singles) for name in row.values]
     known = [*names, *(name for run in runs for name in run.outdated)]
     judged = measures.DEFAULT if by is None else measures.named(by, known)
-    keys = _differing(runs)
+    keys, results, costs = _differing(runs), measures.results(names, judged), measures.costs(names, judged)
+    unjudged = _unjudged_line(judged, rows, [*results, *costs])
 
     def finished(row: Row) -> Row:
         told = {key: row.members[0].params.get(key, "") for key in keys} if row.is_trained else {}
@@ -102,9 +103,9 @@ def compared(source: str, runs: Sequence[Seen], by: str | None = None) -> Compar
         tuple(_ranked(map(finished, _told_apart(rows)), judged)),
         tuple(_ranked(map(finished, _told_apart(singles)), judged)),
         tuple(keys),
-        tuple(measures.results(names, judged)),
-        tuple(measures.costs(names, judged)),
-        tuple(_warnings(runs, letter_of, {("train", False), *map(basis_of, names)})),
+        tuple(results),
+        tuple(costs),
+        (*unjudged, *_warnings(runs, letter_of, {("train", False), *map(basis_of, names)})),
     )
 
 
@@ -159,6 +160,15 @@ def _teller(row: Row, judged: str) -> Seen:
         return judged in (run.values if row.is_trained else run.untrained.get(row.kind, {}))
 
     return next(filter(has_it, row.counted), row.members[0])
+
+
+def _unjudged_line(judged: str, rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """A line where there is nothing to judge by and something else to judge by."""
+    others = [name for name in columns if name not in (judged, "result_bytes")]
+    if any(judged in row.values for row in rows) or not others:
+        return []
+    title = measures.title(judged)
+    return [f"no row has a {title}, so none is the best; --by can name {', '.join(others)} instead"]
 
 
 def _warnings(runs: Sequence[Seen], letter_of: Letters, measured: Collection[Basis]) -> list[str]:
