@@ -713,6 +713,19 @@ def test_runs_are_found_one_folder_below(tmp_path: Path) -> None:
     assert names(of_folders(tmp_path, tmp_path / "0000"))[0] == "a"
 
 
+def test_runs_at_two_depths_are_all_found(tmp_path: Path) -> None:
+    text = (made_run(tmp_path, "first") / "run.yaml").read_text()
+    for folder in ("rates", "my-task"):
+        (tmp_path / folder).mkdir()
+        made_run(tmp_path / folder, f"of {folder}", "train.lr=0.1", f"prefix.text={folder}")
+    (tmp_path / "my-task" / "run.yaml").write_text(text)
+    (tmp_path / "described").mkdir()
+    (tmp_path / "described" / "run.yaml").write_text(text.replace("Say it", "Tell it"))
+    found = of_folders(tmp_path)
+    assert {run.name for run in found.runs} == {"first", "of rates", "of my-task", "described"}
+    assert found.warnings == ()
+
+
 @pytest.mark.parametrize("place", [".", "runs"])
 def test_a_folder_where_a_run_was_described_hides_no_run(tmp_path: Path, place: str) -> None:
     (tmp_path / "runs").mkdir()

@@ -32,6 +32,7 @@ from prefix_ds.tracking import (
 _SPLITS = ("train", "valid", "test")
 _NAMED = 3  # folders
 _TRACES = ("facts.json", "metrics.jsonl", "prefix", "model")  # what a run leaves, or an import
+_DEPTH = 2  # folders below one that is named
 
 
 class Folders:
@@ -74,18 +75,21 @@ def data_of(params: dict[str, str], noted: Sequence[DatasetFacts]) -> dict[str, 
     return found
 
 
-def _runs_in(path: Path) -> Iterator[Path]:
-    """Itself, or runs one or two folders below it: a folder with a run.yaml alone only describes one."""
+def _runs_in(path: Path) -> list[Path]:
+    found = list(_found(path, _DEPTH))
+    if not found:
+        raise RunError(f"{path}: is no run folder and has none in it: there is no run.yaml")
+    return found
+
+
+def _found(path: Path, depth: int) -> Iterator[Path]:
+    """Itself, or all runs so far below it: a folder with a run.yaml alone may only describe one of them."""
     has_config = (path / "run.yaml").is_file()
     if has_config and any((path / name).exists() for name in _TRACES):
         yield path
         return
-    below = sorted(path.glob("*/run.yaml")) or sorted(path.glob("*/*/run.yaml"))
-    if not below and has_config:
-        yield path
-    elif not below:
-        raise RunError(f"{path}: is no run folder and has none in it: there is no run.yaml")
-    yield from (file.parent for file in below)
+    below = [run for folder in sorted(path.glob("*/")) for run in _found(folder, depth - 1)] if depth else []
+    yield from below or ([path] if has_config else [])
 
 
 def _seen(run: Path) -> Seen:
