@@ -84,6 +84,14 @@ def best(comparison: Comparison) -> list[str]:
     return [row.name for row in comparison.rows if row.is_best]
 
 
+def unvalidated(folder: Path, name: str, *words: str, **facts: Any) -> Path:
+    """A run that was trained without data.valid."""
+    run = made_run(folder, name, "data.valid=", *words, **facts)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if "valid/loss" not in line))
+    return run
+
+
 def on_terminal(comparison: Comparison, width: int = 240) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     show(console, comparison)
@@ -184,9 +192,7 @@ def test_a_run_that_has_only_begun_counts_for_nothing(tmp_path: Path) -> None:
 
 def test_runs_without_validation_are_told_what_they_can_be_judged_by(tmp_path: Path) -> None:
     for number, bleu in enumerate((20.0, 30.0)):
-        run = made_run(tmp_path, f"r{number}", "data.valid=", f"train.lr=0.{number + 1}")
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run / "metrics.jsonl").write_text("".join(line for line in lines if "valid/loss" not in line))
+        run = unvalidated(tmp_path, f"r{number}", f"train.lr=0.{number + 1}")
         evaluated(run, "test", 2.0, {"bleu": (bleu, 10.0, 40.0)})
     comparison = of_folders(tmp_path)
     assert best(comparison) == []
@@ -675,6 +681,14 @@ def test_a_deleted_result_is_told(tmp_path: Path) -> None:
     comparison = of_folders(tmp_path)
     assert comparison.warnings == (f"b: its result is gone ({tmp_path}/0001)",)
     assert row(comparison, "b").notes == ["result gone"]
+
+
+def test_a_deleted_result_of_a_run_without_validation_is_told(tmp_path: Path) -> None:
+    for place, status in enumerate(("FINISHED", "KILLED")):
+        unvalidated(tmp_path, status, f"train.lr=0.{place + 1}", status=status, size=0)
+    comparison = of_folders(tmp_path)
+    assert row(comparison, "FINISHED").notes == ["result gone"]
+    assert row(comparison, "KILLED").notes == ["stopped"], "it had none yet"
 
 
 def test_the_best_is_one_that_still_has_its_result(tmp_path: Path) -> None:

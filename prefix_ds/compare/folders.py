@@ -5,7 +5,7 @@ imported, has its `run.yaml`. The last line of `metrics.jsonl` may be half writt
 it. Knows nothing of MLflow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +75,11 @@ def data_of(params: dict[str, str], noted: Sequence[DatasetFacts]) -> dict[str, 
     return found
 
 
+def had_result(status: str, numbers: Mapping[str, float]) -> bool:
+    """Whether a run that ended so, with this summary, kept something: of a validation, or of its end."""
+    return bool(status) and ("valid_step" in numbers or (status == "FINISHED" and "steps" in numbers))
+
+
 def _runs_in(path: Path) -> list[Path]:
     found = list(_found(path, _DEPTH))
     if not found:
@@ -111,7 +116,7 @@ def _seen(run: Path) -> Seen:
         tuple(found.outdated),
         tuple(found.damaged),
         facts.started,
-        result_is_gone=bool(facts.status) and size is None and "valid_step" in numbers,
+        result_is_gone=size is None and had_result(facts.status, numbers),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefix_ds.compare.evaluations import told_evaluations
-from prefix_ds.compare.folders import data_of
+from prefix_ds.compare.folders import data_of, had_result
 from prefix_ds.compare.seen import Seen, Value
 from prefix_ds.tracking import SOURCES, Histories, best_by, summary, told_mark
 
@@ -62,11 +62,6 @@ class MlflowRuns:
         }
 
 
-def _lost_before(run: "ToldRun") -> bool:
-    """Whether the result was gone when the run's summary was sent."""
-    return f"{_SUMMARY}valid_step" in run.metrics and _SIZE not in run.metrics
-
-
 def _is_prefix(run: Seen) -> bool:
     return run.params.get("train.method") == "prefix"
 
@@ -80,7 +75,7 @@ def _told_summary(run: "ToldRun") -> dict[str, float]:
 
 
 def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
-    found = told_evaluations(run.metrics, run.tags, told_mark(numbers))
+    found, told = told_evaluations(run.metrics, run.tags, told_mark(numbers)), _told_summary(run)
     data = data_of(run.params, run.datasets)
     return Seen(
         run.name,
@@ -95,5 +90,5 @@ def _seen(run: "ToldRun", numbers: dict[str, float]) -> Seen:
         tuple(found.outdated),
         tuple(found.damaged),
         run.started,
-        result_is_gone=_lost_before(run),
+        result_is_gone=_SIZE not in run.metrics and had_result(run.status, told),  # when that was sent
     )
