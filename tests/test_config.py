@@ -1,5 +1,8 @@
 """The page of keys refuses what no run can be made of, in one line a key."""
 
+import re
+import shlex
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -132,3 +135,14 @@ def test_a_method_has_a_rate_of_its_own_where_none_is_given(train, words, rate):
 def test_a_new_base_has_its_own_rate_too():
     run = "model: {config: {model_type: llama}}\ntrain: {method: pretrain}"
     assert parse_config(run).train.lr == 1e-3
+
+
+def test_the_readmes_baseline_is_its_run_with_all_weights_and_a_rate_of_its_own():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (file,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "runs/first" in block)
+    (line,) = re.findall(r"^prefix-ds train run\.yaml (train\.method=full .*)", text, re.MULTILINE)
+    prefix, full = parse_config(file), parse_config(file, shlex.split(line, comments=True))
+    assert (full.train.method, full.run.folder) == ("full", "runs/full")
+    assert full.train.lr < prefix.train.lr / 10
+    assert full.model == prefix.model
+    assert full.data == prefix.data
