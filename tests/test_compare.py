@@ -120,6 +120,27 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "common"),
+    [
+        ("base-s41", "base-s42", "base"),
+        ("run-1", "run-11", "run"),
+        ("prefix-0.1-s0", "prefix-0.1-s1", "prefix-0.1"),
+        ("lr0.1 seed=1", "lr0.1 seed=2", "lr0.1"),
+        ("dialogues-0", "dialogues-1", "dialogues"),
+        ("news1", "news2", "news"),
+        ("e2e0", "e2e1", "e2e"),
+        ("v2", "v2-again", "v2"),
+    ],
+)
+def test_seeds_are_called_what_their_names_share(
+    tmp_path: Path, first: str, second: str, common: str
+) -> None:
+    for seed, name in enumerate((first, second)):
+        made_run(tmp_path, name, f"train.seed={seed}")
+    assert names(of_folders(tmp_path))[0] == common
+
+
 def test_the_best_is_first_and_marked(tmp_path: Path) -> None:
     a_sweep(tmp_path)
     comparison = of_folders(tmp_path)

@@ -149,10 +149,12 @@ def _over(values: Sequence[Value]) -> Value:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """What the names begin with, without the word or letter that announces a seed."""
+    """What the names begin with, without half a number, and the word or letter that announces a seed."""
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     common = "".join(letters[0] for letters in same)
-    return re.sub(r"[-_. ]*(seed|s)?[-_. =]*$", "", common) or names[0]
+    if any(name[len(common) :][:1].isdigit() for name in names):  # of 41 and 42
+        common = common.rstrip("0123456789")
+    return re.sub(r"([-_. ]*seed|[-_. ]+s)?[-_. =]*$", "", common) or names[0]
 
 
 def _notes_of(run: Seen) -> list[str]:
