@@ -92,6 +92,16 @@ def test_what_the_user_says_wins_also_a_null():
     assert parse_config(run_file(data=own), ["evaluate.scores=[]"]).evaluate.scores == []
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_target_of_the_users_own_is_that_of_all_splits(chat):
+    """Records with other fields than E2E's have none that is called refs."""
+    own = {"task": "data_to_text", "chat": chat, "prompt": "{data} ->", "target": " {text}"}
+    config = parse_config(run_file(data=own))
+    assert template_keys("test", config.data)[1] == ("data.target", " {text}")
+    both = parse_config(run_file(data=own | {"references": " {texts}"}))
+    assert template_keys("test", both.data)[1] == ("data.references", " {texts}")
+
+
 def test_a_task_on_the_command_line_fills_in_as_one_in_the_file():
     whole = parse_config(run_file(data={"task": "translation"}))
     assert parse_config(run_file(), ["data.task=translation"]) == whole

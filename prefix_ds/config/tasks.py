@@ -91,7 +91,9 @@ def _data_keys(task: str, own: Tree) -> Tree:
     keys = TASKS[task]["data"]
     if own.get("messages") is not None:
         return {key: value for key, value in keys.items() if key not in _TEMPLATES}
-    return keys | CHAT_TEMPLATES[task] if _is_true(own.get("chat")) else keys
+    keys = keys | CHAT_TEMPLATES[task] if _is_true(own.get("chat")) else keys
+    is_own = own.get("target") is not None  # the task's references are in another field of the task's records
+    return {key: value for key, value in keys.items() if key != "references" or not is_own}
 
 
 def _is_true(value: object) -> bool:
