@@ -6,6 +6,7 @@ one line and exit code 2, a request to stop in 75 (see `errors`). Knows nothing 
 
 import errno
 import gc
+import io
 import shlex
 import sys
 import traceback
@@ -298,6 +299,8 @@ def _garbage_kept() -> Iterator[None]:
 
 def main() -> None:
     """Runs a command and ends the process with the exit code that says how it went."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than we write
     end_process(_exit_code())
 
 

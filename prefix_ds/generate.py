@@ -1,7 +1,6 @@
 """`prefix-ds generate`: text written with a trained prefix, for one prompt or a file of records."""
 
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -97,7 +96,5 @@ def _deliver(written: Sequence[Written], output: Path | None) -> None:
             output.resolve(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         )
     else:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than a base
         for w in written:
             sys.stdout.write(f"{w.output}\n" if len(written) == 1 else f"{w.prompt!r}\n  -> {w.output!r}\n")

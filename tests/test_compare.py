@@ -782,6 +782,17 @@ def said(*words: object, code: int = 2, cwd: Path = ROOT) -> str:
     return done.stderr
 
 
+def test_a_terminal_may_not_know_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever command writes it: a model's answer, a name, our own ±."""
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    for seed in range(2):
+        made_run(tmp_path, f"straße-s{seed}", f"train.seed={seed}")
+    command = [sys.executable, "-m", "prefix_ds", "compare", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=ENVIRONMENT, check=True)
+    assert rb"stra\xdfe " in done.stdout
+    assert rb"2.0000 \xb1 0.0000" in done.stdout
+
+
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     made_run(tmp_path, "a")
     assert said(tmp_path / "0000" / "prefix").endswith(

@@ -1,7 +1,6 @@
 """`prefix-ds generate`: what it writes depends on neither ranks nor batches; it is all there or not there."""
 
 import functools
-import io
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from prefix_ds.errors import ConfigError, PrefixError, RunError
 from prefix_ds.generate import Request, check_request
 from prefix_ds.opening import open_trained
 from prefix_ds.run_folder import open_run
-from prefix_ds.writing import Written
 from tests.disks import fill_before
 from tests.ranks import command, on_ranks
 from tests.refusals import refusal
@@ -162,14 +160,6 @@ def test_one_prompt_goes_to_the_terminal(run, written):
     (row,) = written("--prompt", prompt)
     assert row["prompt"] == prompt
     assert expected[1] == expected[2] == row["output"] + "\n"
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_terminal_may_not_know_a_letter(monkeypatch, count):
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    generating._deliver([Written("über", "straße", ())] * count, None)
-    generating.sys.stdout.flush()
-    assert rb"stra\xdfe" in generating.sys.stdout.buffer.getvalue()
 
 
 def test_prompts_that_lose_their_start_are_counted(run):
