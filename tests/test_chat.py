@@ -246,6 +246,8 @@ def test_a_field_that_is_missing_and_keys_that_contradict(tmp_path):
         DataError, match=r"data.messages: .* has no field 'turnz'; its fields: turns; did you mean"
     ):
         tokenise_split("train", data_of(tmp_path, TURNS, "data.messages=turnz"), words)
+    with pytest.raises(DataError, match=r"has no field 'turns\.all'; its fields: turns"):
+        tokenise_split("train", data_of(tmp_path, TURNS, "data.messages=turns.all"), words)
     for word, said in [
         ("data.prompt=a", "data.prompt: the turns are in data.messages"),
         ("data.references=a", "data.references: the turns are in data.messages"),

@@ -153,7 +153,9 @@ def test_braces_that_do_not_fit_are_told_with_their_key(text, said):
         ({"b": "x"}, "data.target: f:1 has no field 'answer'; its fields: b"),
         ({"anser": "x"}, "did you mean {anser}?"),
         ({"answer": None}, "data.target: f:1: the field 'answer' is null; expected text or a number"),
-        ({"answer": {}}, "'answer' is an object"),
+        ({"answer": {}}, "'answer' is an object; expected text or a number"),
+        ({"answer": {"text": ["x"]}}, "'answer' is an object; name one of its own, as {answer.text}"),
+        ({"of": {"answr": "x"}}, "has no field 'answer'; its fields: of.answr"),
         ({"answer": []}, "'answer' is an empty list"),
         ({"answer": [["x"]]}, "'answer' is a list in a list"),
         ({"answer": "\ud800"}, "half of a character"),
@@ -172,6 +174,17 @@ def test_one_list_makes_a_text_an_entry_and_only_where_lists_may_stand():
         template.texts({"a": ["x"], "b": ["y"]}, "f:1")
     with pytest.raises(DataError, match="'b' holds a list; expected one text"):
         template.text({"a": "x", "b": ["y"]}, "f:1")
+
+
+def test_a_dot_leads_into_an_object_unless_a_field_is_called_so():
+    template = parse_template("{of.answer.en}", "data.target")
+    assert template.texts({"of": {"answer": {"en": ["x", "y"]}}}, "f:1") == ["x", "y"]
+    assert template.texts({"of": {"answer.en": "x"}}, "f:1") == ["x"]
+    assert template.texts({"of.answer.en": "x", "of": {"answer": {"en": "y"}}}, "f:1") == ["x"]
+    with pytest.raises(DataError, match=r"'of\.answer\.en'; its fields: of\.answer\.de; did you mean"):
+        template.check({"of": {"answer": {"de": "x"}}}, "f:1")
+    with pytest.raises(DataError, match=r"has no field 'of\.answer\.en'; its fields: of"):
+        template.check({"of": "x"}, "f:1")
 
 
 # --- sources -------------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ Knows nothing of lengths and files.
 
 import datetime
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 from prefix_ds.config import DataKeys
 from prefix_ds.data.dialogue import Dialogue, Turn
-from prefix_ds.data.template import Template
+from prefix_ds.data.template import Template, field_of
 from prefix_ds.errors import DataError, is_unicode
 
 _MARK = "(content)"
@@ -110,9 +110,9 @@ class Question:
         """Where run.yaml has it."""
         return self.content.key
 
-    def check(self, known: Collection[str], source: str) -> None:
+    def check(self, record: dict[str, Any], source: str) -> None:
         """As `Template.check`."""
-        self.content.check(known, source)
+        self.content.check(record, source)
 
     def dialogue(self, record: dict[str, Any], source: str) -> Dialogue:
         """What is read before the answer. Raises DataError."""
@@ -131,14 +131,13 @@ class _Messages:
     field: str
     key = "data.messages"  # where run.yaml has it
 
-    def check(self, known: Collection[str], source: str) -> None:
+    def check(self, record: dict[str, Any], source: str) -> None:
         """As `Template.check`."""
-        Template(self.key, (("", self.field),)).check(known, source)
+        field_of(record, self.field, self.key, source)
 
     def turns(self, record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         """A text each. Raises DataError."""
-        self.check(record, source)
-        turns, where = record[self.field], self._place(source)
+        turns, where = field_of(record, self.field, self.key, source), self._place(source)
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{where}: expected a list of turns")
         for number, turn in enumerate(turns, start=1):

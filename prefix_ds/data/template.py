@@ -2,18 +2,22 @@
 
 The syntax is str.format's, less what a text template needs none of: no attributes, indices, conversions or
 format specs, so a field's name is whatever stands between the braces; `{{` and `}}` are braces. A field
-that holds a list makes one text an entry: several references for one prompt.
+that holds a list makes one text an entry: several references for one prompt. Of a field that holds an object,
+`{field.name}` is what it has under that name (SQuAD's answers.text, WMT's translation.de), unless the record
+has a field of that whole name.
 
 Knows nothing of tokens and files.
 """
 
 import difflib
 import string
-from collections.abc import Collection
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prefix_ds.errors import DataError
+
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,14 @@ class Template:
         """What its texts depend on, beside the record."""
         return self.parts
 
-    def check(self, known: Collection[str], source: str) -> None:
-        """Raises DataError if a record with the `known` fields lacks one; `source` says which record."""
-        for field in self.fields:
-            if field not in known:
-                raise DataError(f"{self.key}: {source} has no field {field!r}{_nearest(field, list(known))}")
+    def check(self, record: dict[str, Any], source: str) -> None:
+        """Raises DataError if the record lacks a field; `source` says which record it is."""
+        self._values(record, source)
 
     def text(self, record: dict[str, Any], source: str) -> str:
         """The one text of a record. Raises DataError also for a field that holds a list."""
-        for field in self.fields:
-            if isinstance(record.get(field), list):
+        for field, value in self._values(record, source).items():
+            if isinstance(value, list):
                 raise DataError(f"{self.key}: {source}: the field {field!r} holds a list; expected one text")
         return self.texts(record, source)[0]
 
@@ -51,15 +53,18 @@ class Template:
 
         Raises DataError for a field that is missing, null, an object or an empty list, and for two lists.
         """
-        self.check(record, source)
-        lists = [field for field in self.fields if isinstance(record[field], list)]
+        values = self._values(record, source)
+        lists = [field for field, value in values.items() if isinstance(value, list)]
         if len(lists) > 1:
             both = f"{lists[0]!r} and {lists[1]!r}"
             raise DataError(f"{self.key}: {source}: {both} hold lists; expected one list at most")
-        entries = record[lists[0]] if lists else [None]
+        entries = values[lists[0]] if lists else [None]
         if not entries:
             raise DataError(f"{self.key}: {source}: the field {lists[0]!r} is an empty list")
-        return [self._filled(record | dict.fromkeys(lists, entry), source) for entry in entries]
+        return [self._filled(values | dict.fromkeys(lists, entry), source) for entry in entries]
+
+    def _values(self, record: dict[str, Any], source: str) -> dict[str, Any]:
+        return {field: field_of(record, field, self.key, source) for field in self.fields}
 
     def _filled(self, values: dict[str, Any], source: str) -> str:
         pieces = [
@@ -74,12 +79,7 @@ class Template:
                 self._check_characters(value, field, source)
             return value
         if value is None or isinstance(value, list | dict):
-            found = (
-                "null" if value is None else "a list in a list" if isinstance(value, list) else "an object"
-            )
-            raise DataError(
-                f"{self.key}: {source}: the field {field!r} is {found}; expected text or a number"
-            )
+            raise DataError(f"{self.key}: {source}: the field {field!r} is {_kind(value, field)}")
         return str(value)
 
     def _check_characters(self, value: str, field: str, source: str) -> None:
@@ -104,6 +104,35 @@ def parse_template(text: str, key: str) -> Template:
     return Template(key, tuple((literal, field) for literal, field, _, _ in parsed))
 
 
-def _nearest(field: str, known: list[str]) -> str:
+def field_of(record: dict[str, Any], field: str, key: str, source: str) -> Any:
+    """What a record has under a name that `key` says. Raises DataError where it has nothing."""
+    value = _value(record, field)
+    if value is _MISSING:
+        raise DataError(f"{key}: {source} has no field {field!r}{_nearest(field, record)}")
+    return value
+
+
+def _value(record: dict[str, Any], field: str) -> Any:
+    if field in record:
+        return record[field]
+    outer, _, inner = field.partition(".")
+    return _value(record[outer], inner) if isinstance(record.get(outer), dict) else _MISSING
+
+
+def _kind(value: dict[str, Any] | list[Any] | None, field: str) -> str:
+    if isinstance(value, dict):
+        inside = f"; name one of its own, as {{{field}.{next(iter(value))}}}" if value else ""
+        return f"an object{inside or '; expected text or a number'}"
+    return f"{'null' if value is None else 'a list in a list'}; expected text or a number"
+
+
+def _nearest(field: str, record: dict[str, Any]) -> str:
+    known = list(_names(record))
     near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
     return f"; its fields: {', '.join(known)}" + (f"; did you mean {{{near[0]}}}?" if near else "")
+
+
+def _names(record: dict[str, Any], outer: str = "") -> Iterator[str]:
+    """Of all fields; of one that holds an object, those in it."""
+    for name, value in record.items():
+        yield from _names(value, f"{outer}{name}.") if isinstance(value, dict) and value else [outer + name]
