@@ -34,6 +34,7 @@ def of_a_device(code):
         torch.OutOfMemoryError(CUDA_MEMORY),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_memory_that_is_out_is_the_users_to_mend(error):
