@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from prefix_ds.errors import ConfigError, PeerLost, PrefixError, Stopped, Teller
+from prefix_ds.errors import ConfigError, DeviceLost, PeerLost, PrefixError, Stopped, Teller
 from prefix_ds.faults import device_may_fail
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ def joined_world(timeout_minutes: float = 30, patience_minutes: float = 720) -> 
             _check_alike(device)
             yield World(rank, size, local_rank, local_size, device)
     finally:
-        if size == 1 or sys.exc_info()[0] in (None, Stopped):  # after an error a peer may never say farewell
+        # After an error a peer may never say farewell; on a device that broke NCCL's fails, of one rank too.
+        ended_by = sys.exc_info()[0]
+        if ended_by in (None, Stopped) or (size == 1 and ended_by is not DeviceLost):
             group.destroy_process_group()
 
 

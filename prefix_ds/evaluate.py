@@ -109,7 +109,7 @@ def _opened(folder: RunFolder, config: RunConfig, request: Request, world: World
     if request.front != "instruction":
         return opened
     start = initial_prefix(opened.lm, config.prefix, opened.tokenizer, config.train.seed, world.device)
-    return replace(opened, table_PD=start.table().detach(), slots=start.slots)
+    return replace(opened, table_PD=start.table().detach().to(world.device), slots=start.slots)
 
 
 def _model_mark(run: Path) -> Mark:

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 
 from prefix_ds.errors import DeviceLost, ModelError
 
-_NO_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's and the CPU's allocator
+_NO_MEMORY = (
+    "out of memory",  # CUDA's allocator
+    "can't allocate memory",  # the CPU's
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS takes memory of its own, at the first product
+)
 _ADVICE = (
     "lower train.micro_batch_tokens (for texts generate.batch_size), set model.recompute=auto or"
     " model.bits=8, or take more devices; `prefix-ds plan` tells what fits"

@@ -34,6 +34,7 @@ def of_a_device(code):
         torch.OutOfMemoryError(CUDA_MEMORY),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_memory_that_is_out_is_the_users_to_mend(error):
@@ -51,6 +52,27 @@ def test_a_fault_of_the_device_is_told_from_one_of_the_program():
         raise of_a_device(214)
     with pytest.raises(torch.AcceleratorError), device_may_fail("cuda:3"):
         raise of_a_device(710)  # an assertion in a kernel
+
+
+def alone_with_a_fault():
+    """What is told where NCCL, which the group of one rank has too, fails on the device as all else does."""
+
+    def refused():
+        raise RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error")
+
+    torch.distributed.destroy_process_group = refused
+    try:
+        with joined_world():
+            raise of_a_device(214)
+    except RuntimeError as error:
+        return repr(error)
+    except DeviceLost as lost:
+        return str(lost)
+
+
+def test_a_fault_of_a_lone_ranks_device_is_told_whatever_becomes_of_its_group():
+    (told,) = on_ranks(1, alone_with_a_fault)
+    assert "the device failed: CUDA error: uncorrectable ECC" in told
 
 
 def second_rank_out_of_memory(rank):

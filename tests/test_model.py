@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, masking_utils
 from transformers.models.llama import modeling_llama
@@ -1074,11 +1075,44 @@ def test_a_step_mixes_no_devices_and_waits_for_none(family: str, monkeypatch: py
     """On the meta device a number that is read, or a tensor that lies elsewhere, is an error."""
     monkeypatch.setattr(masking_utils, "is_tracing", lambda _: True)  # else it reads one number a mask
     meta = torch.device("meta")
-    lm = PrefixLM(tiny(family), recompute=True)
-    lm.base.to(meta)
+    lm = moved(PrefixLM(tiny(family), recompute=True), meta)
     batch = batch_of([tokens(5), tokens(4)]).to(meta)
     with pytest.raises(RuntimeError, match="meta tensors"):
         batch.ids_BT.sum().item()
     table_PD = noisy_table(lm).detach().to(meta).requires_grad_()
     lm.loss(batch, table_PD, lm.slots).backward()
     assert table_PD.grad is not None
+
+
+def moved(lm: PrefixLM, device: torch.device) -> PrefixLM:
+    lm.base.to(device)
+    lm.device = device
+    return lm
+
+
+class Sendings(TorchDispatchMode):
+    """Counts tensors that go to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += result.device != args[0].device
+        return result
+
+
+def test_a_prefix_that_lies_elsewhere_is_sent_once_and_not_at_every_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of an instruction, which is computed on the CPU: the host would wait for each."""
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda _: True)  # else it reads one number a mask
+    meta = torch.device("meta")
+    lm = PrefixLM(tiny("llama"))
+    table_PD, batch = noisy_table(lm).detach(), batch_of([tokens(5)])
+    moved(lm, meta)
+    with Sendings() as sendings:
+        lm.loss(batch.to(meta), table_PD, lm.slots)
+    assert sendings.count == len(batch.tensors()) + 1

@@ -255,6 +255,20 @@ def test_a_disk_that_cannot_be_used(tmp_path, monkeypatch):
         assert "GiB free; the shards of this host's ranks take " in error
 
 
+def test_beside_gpus_a_disk_needs_cudas_toolkit(tmp_path, monkeypatch):
+    """DeepSpeed's builder for GPUs, as it is where torch was installed and nothing else of CUDA was."""
+    from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder", AsyncIOBuilder)
+    monkeypatch.setattr("deepspeed.ops.op_builder.pin_memory.PinMemoryBuilder.load", lambda *_, **__: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    settings = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    with pytest.raises(ConfigError, match="beside GPUs, CUDA's toolkit of torch's version"):
+        with_own_folder(settings)
+
+
 def too_much_for(folder):
     """Two ranks that want three quarters of what is free, each."""
     with joined_world(), pytest.raises(ConfigError) as error:

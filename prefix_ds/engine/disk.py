@@ -37,6 +37,7 @@ def with_own_folder(settings: Settings) -> Settings:
         return settings
     _refuse_unbuildable()
     own = {"offload_param": offload | {"nvme_path": str(_own_folder(Path(offload["nvme_path"])))}}
+    _build()
     return settings | {"zero_optimization": zero | own}
 
 
@@ -100,4 +101,18 @@ def _refuse_unbuildable() -> None:
             "engine.deepspeed: DeepSpeed cannot use a disk on this host: it compiles its code for that "
             "(async_io) and needs libaio's headers and library (Debian: libaio-dev)"
         )
+
+
+def _build() -> None:
+    """Loads DeepSpeed's code for disks, which DeepSpeed itself would do later, outside of what is told."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     log.info("DeepSpeed opens the disk; the first time on a host it compiles its code for that, some minutes")
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # a TypeError, for one: of a path in a CUDA toolkit that is not there
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ConfigError(
+            "engine.deepspeed: DeepSpeed cannot compile its code for disks (async_io) on this host; it needs"
+            f" g++ and, beside GPUs, CUDA's toolkit of torch's version (CUDA_HOME): {reason}"
+        ) from error

@@ -251,7 +251,8 @@ class PrefixLM:
     def _attach(self, table_PD: Tensor | None, slots: Sequence[Slot]) -> None:
         self.detach()
         if table_PD is not None:
-            self._joint.source = Given(table_PD.to(self._findings.dtype), slots)
+            # Here and once: what lies elsewhere would be sent at every layer, and the host would wait for it.
+            self._joint.source = Given(table_PD.to(self.device, self._findings.dtype), slots)
 
     def _forward(self, ids_BT: Tensor, positions_BT: Tensor, documents: Documents) -> Tensor:
         """A forward pass over rows, each of one or several documents."""
