@@ -67,7 +67,7 @@ def bases(tmp_path_factory):
         config = tiny_config(family)
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         base.save_pretrained(folder / "tiny" / family)
-    made_base(folder, "llama")
+    made_base(folder, "llama", num_hidden_layers=4)
     return folder
 
 
