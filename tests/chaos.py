@@ -21,6 +21,7 @@ from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_PEER, EXIT_STOPPED, EXIT_USER
 from prefix_ds.files import TEMPORARY
 from tests.hosts import HostHere, Hosts, some_hosts
+from tests.ranks import command
 from tests.test_kill import trained_bytes
 from tests.workshop import run_config
 
@@ -163,16 +164,16 @@ FAULTS = {
 
 
 def undisturbed(hosts, folder):
-    """A run file, and all that it leaves."""
+    """A run file, and all that it leaves of as many ranks, without hosts."""
     config = run_config(
         folder, f"train.max_steps={STEPS}", "run.save_every=20", "run.valid_every=100", "run.log_every=50"
     )
     run_file = folder / "run.yaml"
     run_file.write_text(config_text(config))
-    job = Job(hosts, run_file, folder / "undisturbed").start()
-    code, said = job.ended()
-    assert code == 0, said
-    return run_file, trained_bytes(job.run, STEPS)
+    run = folder / "undisturbed"
+    for ended in command("train", run_file, f"run.folder={run}", size=len(hosts.all)):
+        assert ended.code == 0, ended.err
+    return run_file, trained_bytes(run, STEPS)
 
 
 def trial(hosts, folder, run_file, fault, chance):

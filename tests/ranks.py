@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def command(*words, size=1, before=None, timeout_seconds=240):
     if late:
         raise TimeoutError(f"did not end: {ended}")
     return ended
+
+
+def program(code, folder, *words):
+    """How `python -c CODE WORDS` ends in a folder, where all that a run needs is loaded already."""
+    (ended,) = command(*words, before=partial(_programmed, code, folder))
+    return ended
+
+
+def _programmed(code, folder, _rank):
+    os.chdir(folder)
+    exec(code, {"__name__": "__main__"})
+    sys.exit()
 
 
 def _commanded(file, words, rank, size, port, before):

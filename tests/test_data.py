@@ -6,9 +6,6 @@ import json
 import math
 import os
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -580,49 +577,24 @@ def test_ids_are_mapped_from_disk_not_held(tmp_path, tokenizer):
     assert pa.total_allocated_bytes() == held
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+def examples_of_a_node(train, cache):
+    """The rank, how many examples it has made, how many there are, and their tokens."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = str(cache)
+    datasets.disable_progress_bars()
+    made, recipe = [], Recipe.__call__
+    Recipe.__call__ = lambda self, *a, **k: made.append(1) or recipe(self, *a, **k)
+    with dist.joined_world() as world:
+        data = DataKeys(train=train, prompt="{q}", target="{a}")
+        examples = load_examples("train", data, make_tokenizer(eos_token="</s>"), world)
+        return world.rank, len(made), len(examples), int(examples.lengths.sum())
 
 
 def test_only_the_first_rank_of_a_node_tokenises(tmp_path):
-    script = textwrap.dedent("""
-        import sys
-        sys.path.insert(0, "tests")
-        import datasets, torch
-        datasets.disable_progress_bars()
-        from test_data import make_tokenizer
-        from prefix_ds import dist
-        from prefix_ds.config import DataKeys
-        from prefix_ds.data.examples import load_examples
-        from prefix_ds.data.tokenise import Recipe
-        made, recipe = [], Recipe.__call__
-        Recipe.__call__ = lambda self, *a, **k: made.append(1) or recipe(self, *a, **k)
-        with dist.joined_world() as world:
-            data = DataKeys(train=sys.argv[1], prompt="{q}", target="{a}")
-            examples = load_examples("train", data, make_tokenizer(eos_token="</s>"), world)
-            print(world.rank, len(made), len(examples), examples.lengths.sum())
-    """)
     train = write_jsonl(tmp_path / "train.jsonl", RECORDS)
-    common = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }
-    common |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, train],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    first, second = (rank.communicate(timeout=120)[0].split() for rank in ranks)
-    assert (first[:3], second[:3]) == (["0", "1", "23"], ["1", "0", "23"])
+    first, second = on_ranks(2, examples_of_a_node, train, tmp_path / "cache")
+    assert (first[:3], second[:3]) == ((0, 1, 23), (1, 0, 23))
     assert first[3] == second[3]
 
 

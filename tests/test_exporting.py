@@ -25,7 +25,7 @@ from prefix_ds.result import window_of
 from tests.laws import batch_of, distance, table_of, tokens
 from tests.ranks import command
 from tests.refusals import refusal
-from tests.snippets import outcome, snippet_of
+from tests.snippets import outcome, outcome_anew, snippet_of
 from tests.test_export import FACTS, assert_same, random_slots
 from tests.tiny_models import tiny, tiny_config
 from tests.workshop import run_config
@@ -199,7 +199,7 @@ def test_the_readmes_script_writes_what_we_write(run, tmp_path):
     code, count = re.subn(r'^prompt = ".*"$', f'prompt = "{PROMPT}"', code, flags=re.MULTILINE)
     assert count == 1
     (ended,) = command("generate", run, "generate.max_new_tokens=128", "--prompt", PROMPT)
-    assert outcome(code, tmp_path) == ended.out
+    assert outcome_anew(code, tmp_path) == ended.out
 
 
 def full_before_the_configuration(_rank):

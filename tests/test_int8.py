@@ -371,12 +371,18 @@ def answers(folder, families, bits, recompute=False, outliers=None):
     return found
 
 
-def test_logits_and_the_gradient_to_the_prefix_are_near_those_of_16_bits(folders):
+@pytest.fixture(scope="module")
+def whole(folders):
+    """The answers of bases in 8 bits, in one piece."""
+    return on_ranks(1, answers, folders, FAMILIES, 8)[0]
+
+
+def test_logits_and_the_gradient_to_the_prefix_are_near_those_of_16_bits(folders, whole):
     """On random weights, drawn wide: the hardest case, since nothing in them is redundant. (Of random
     experts, one that is nearly chosen may be chosen in 8 bits, and the logits of that token are others'.)"""
-    (exact,), (near,) = (on_ranks(1, answers, folders, DENSE, bits) for bits in (16, 8))
+    (exact,) = on_ranks(1, answers, folders, DENSE, 16)
     for family in DENSE:
-        logits, grad = (torch.from_numpy(t) for t in near[family][:2])
+        logits, grad = (torch.from_numpy(t) for t in whole[family][:2])
         expected, expected_grad = (torch.from_numpy(t) for t in exact[family][:2])
         divergence = functional.kl_div(
             logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -412,8 +418,7 @@ def test_families_whose_code_does_uncommon_things(folders):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_in_shards_as_whole(folders, recompute):
-    (whole,) = on_ranks(1, answers, folders, FAMILIES, 8)
+def test_in_shards_as_whole(folders, whole, recompute):
     for found in on_ranks(2, answers, folders, FAMILIES, 8, recompute):
         for family in FAMILIES:
             for mine, expected in zip(found[family][:2], whole[family][:2], strict=True):

@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,12 @@ import yaml
 from launcher.kubernetes.options import KubernetesOptions
 from launcher.kubernetes.plan import plan
 from launcher.spec import job_spec
+from prefix_ds.cli import main
 from prefix_ds.config import config_text
+from prefix_ds.dist import _store_of_all, joined_world
 from prefix_ds.errors import EXIT_BUG, EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER
 from tests.kubelet import ROOT, Cluster, action_for, missing, showing_logs
-from tests.ranks import command, free_port
+from tests.ranks import FORKSERVER, command, free_port, rank_environment
 from tests.test_kill import STEPS, trained_bytes
 from tests.workshop import run_config
 
@@ -134,67 +139,113 @@ def test_a_pod_waits_for_the_first_one_until_it_is_told_to_stop():
     assert waiting.returncode == EXIT_STOPPED
 
 
-def arriving(rank, port, program):
-    """A rank of two that meets the other."""
-    world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = [sys.executable, "-c", f"from prefix_ds.dist import joined_world\n{program}"]
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | world, stderr=subprocess.PIPE, text=True)
+@dataclass(frozen=True)
+class Arriving:
+    """A rank of two that meets the other, from the fork server."""
+
+    process: BaseProcess
+    errors: Path
+
+    def said(self, seconds=60):
+        """On its error stream, until it ended."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "it did not end"
+        return self.errors.read_text()
 
 
-def test_a_peer_that_is_lost_while_ranks_meet_is_no_bug():
+@pytest.fixture
+def arriving(tmp_path):
+    """Starts such ranks; what is left of them is killed."""
+    started = []
+
+    def arriving(rank, port, work, *arguments):
+        errors = tmp_path / f"rank-{rank}"
+        process = FORKSERVER.Process(target=_arrived, args=(errors, rank, port, work, arguments))
+        process.start()
+        started.append(process)
+        return Arriving(process, errors)
+
+    yield arriving
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def _arrived(errors, rank, port, work, arguments):
+    os.environ.update(rank_environment(rank, 2, port))
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    work(*arguments)
+
+
+def meet(*minutes):
+    with joined_world(*minutes):
+        pass
+
+
+def come_and_say_nothing():
+    _store_of_all(1, 2, timedelta(minutes=1))
+    time.sleep(60)
+
+
+def main_of(*words):
+    sys.argv = ["prefix-ds", *words]
+    main()
+
+
+def until_it_listens(first, port):
+    while first.process.is_alive():
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+
+
+def test_a_peer_that_is_lost_while_ranks_meet_is_no_bug(arriving):
     with socket.create_server(("127.0.0.1", 0)) as first:
-        arrived = arriving(1, first.getsockname()[1], "with joined_world(0.1, 0.1): pass")
+        arrived = arriving(1, first.getsockname()[1], meet, 0.1, 0.1)
         first.accept()[0].close()
-    assert "PeerLost: another rank is gone" in arrived.communicate(timeout=60)[1]
+    assert "PeerLost: another rank is gone" in arrived.said()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_peer_that_does_not_come_is_no_bug(rank):
-    waiting = arriving(rank, free_port(), "with joined_world(0.05, 0.05): pass")
-    assert "PeerLost: another rank is gone" in waiting.communicate(timeout=60)[1]
+def test_a_peer_that_does_not_come_is_no_bug(arriving, rank):
+    assert "PeerLost: another rank is gone" in arriving(rank, free_port(), meet, 0.05, 0.05).said()
 
 
-def test_a_peer_that_comes_and_says_nothing_is_no_bug():
+def test_a_peer_that_comes_and_says_nothing_is_no_bug(arriving):
     """It is at the store, and dies before the groups are made."""
     port = free_port()
-    come = "import os, prefix_ds.dist as d, datetime\nd._store_of_all(1, 2, datetime.timedelta(minutes=1))"
-    silent = arriving(1, port, f"{come}\nimport time; time.sleep(60)")
-    waiting = arriving(0, port, "with joined_world(0.1): pass")
-    assert "PeerLost: another rank is gone" in waiting.communicate(timeout=60)[1]
-    silent.kill()
-    silent.communicate()
+    arriving(1, port, come_and_say_nothing)
+    waiting = arriving(0, port, meet, 0.03)
+    assert "PeerLost: another rank is gone" in waiting.said()
 
 
-def test_a_peer_may_come_later_than_a_sum_is_waited_for():
+def test_a_peer_may_come_later_than_a_sum_is_waited_for(arriving):
     port = free_port()
-    waiting = arriving(0, port, "with joined_world(0.03): pass")
-    time.sleep(9)
-    late = arriving(1, port, "with joined_world(0.5): pass")
-    assert [each.communicate(timeout=60)[1] for each in (waiting, late)] == ["", ""]
+    waiting = arriving(0, port, meet, 0.03)
+    until_it_listens(waiting, port)
+    time.sleep(4)
+    late = arriving(1, port, meet, 0.5)
+    assert [waiting.said(), late.said()] == ["", ""]
+    assert [waiting.process.exitcode, late.process.exitcode] == [0, 0]
 
 
-def test_a_port_that_is_in_use_is_one_line_and_another_start():
+def test_a_port_that_is_in_use_is_one_line_and_another_start(arriving):
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
-        program = "import sys; sys.argv = ['prefix-ds', 'links']; from prefix_ds.cli import main; main()"
-        first = arriving(0, port, program)
-        said = first.communicate(timeout=60)[1]
-    assert first.returncode == EXIT_PEER
+        first = arriving(0, port, main_of, "links")
+        said = first.said()
+    assert first.process.exitcode == EXIT_PEER
     assert len(said.splitlines()) == 1
     assert f"port {port} of {socket.gethostname()} is in use" in said
     assert "--port" in said
 
 
-def test_a_signal_while_ranks_meet_ends_one_at_once(tmp_path):
+def test_a_signal_while_ranks_meet_ends_one_at_once(arriving, tmp_path):
     """It has nothing to save, and the other may be hours away."""
     path, port = tmp_path / "run.yaml", free_port()
     path.write_text("model: {name: x}\nprefix: {text: x}\ndata: {train: x.jsonl, target: '{x}'}\n")
-    words = ["prefix-ds", "train", str(path)]
-    waiting = arriving(0, port, f"import sys; sys.argv = {words}; from prefix_ds.cli import main; main()")
-    while waiting.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            break
-        time.sleep(0.2)
-    waiting.send_signal(signal.SIGTERM)
-    waiting.communicate(timeout=10)
-    assert waiting.returncode == -signal.SIGTERM
+    waiting = arriving(0, port, main_of, "train", str(path))
+    until_it_listens(waiting, port)
+    waiting.process.terminate()
+    waiting.said(10)
+    assert waiting.process.exitcode == -signal.SIGTERM

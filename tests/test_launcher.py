@@ -28,6 +28,7 @@ from launcher.survey import digest
 from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER, ConfigError, LaunchError
 from tests.chaos import command_of
+from tests.ranks import command
 from tests.test_kill import trained_bytes
 from tests.workshop import run_config
 
@@ -254,8 +255,8 @@ def test_the_last_words_of_a_rank_are_kept_however_slow_the_listener(tmp_path, m
 def test_a_module_of_the_working_folder_is_not_taken_for_ours(tmp_path):
     for name in ("launcher.py", "prefix_ds.py"):
         (tmp_path / name).write_text("raise SystemExit('not ours')")
-    for command in ([sys.executable, *here._AGENT[:3], "--help"], rank_command(["--help"])):
-        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    for words in ([sys.executable, *here._AGENT[:3], "--help"], rank_command(["--help"])):
+        subprocess.run(words, cwd=tmp_path, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +523,7 @@ def test_help_loads_nothing_heavy(words):
 # For real, on this machine.
 
 
-def long_run(folder, *words, steps=200):
+def long_run(folder, *words, steps=100):
     config = run_config(folder, f"train.max_steps={steps}", "run.save_every=10", "run.valid_every=50", *words)
     path = folder / "run.yaml"
     path.write_text(config_text(config))
@@ -559,9 +560,8 @@ def wait_for_checkpoint(folder, process):
 def test_a_rank_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
     calm = tmp_path / "calm"
     calm.mkdir()
-    done = launched(long_run(calm), "--processes", 2)
-    said, _ = done.communicate(timeout=120)
-    assert done.returncode == 0, said
+    for ended in command("train", long_run(calm), size=2):
+        assert ended.code == 0, ended.err
     run_file = long_run(tmp_path, f"data.train={calm}/train.jsonl", f"data.valid={calm}/valid.jsonl")
     process = launched(run_file, f"model.name={calm}/base", "--processes", 2, "--max-restarts", 1)
     wait_for_checkpoint(tmp_path, process)
@@ -571,7 +571,7 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_p
     assert "killed by SIGKILL" in said
     assert "restart 1 of 1" in said
     assert "going on after step" in said
-    assert trained_bytes(tmp_path / "run", 200) == trained_bytes(calm / "run", 200)
+    assert trained_bytes(tmp_path / "run", 100) == trained_bytes(calm / "run", 100)
     logs = sorted(path.name for path in (tmp_path / "run-logs").iterdir())
     assert [name.rpartition("-rank-")[2] for name in logs] == ["0.log", "1.log"]
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from prefix_ds.config import config_text
 from tests.mlflow_server import MlflowServer
-from tests.ranks import command, on_ranks
+from tests.ranks import command, on_ranks, program
 from tests.refusals import refusal
 from tests.workshop import run_config
 
@@ -57,14 +57,14 @@ def address(run):
     return ended.out.strip()
 
 
-def predicted(server, address, folder):
-    words = [sys.executable, "-c", PROGRAM, server.uri, address, json.dumps(PROMPTS)]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+def words_of(server, address):
+    return server.uri, address, json.dumps(PROMPTS)
 
 
 def test_a_fresh_process_predicts_what_we_generate(server, run, address, tmp_path):
     assert address == "models:/turned/1"
-    done = predicted(server, address, tmp_path)
+    words = [sys.executable, "-c", PROGRAM, *words_of(server, address)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ours = []
     for prompt in PROMPTS:
@@ -153,10 +153,10 @@ def test_what_differs_where_it_will_run_is_registered_with_it(server, run, tmp_p
     assert ended.code == 0, ended.err
     (tmp_path / "mine.json").unlink()
     (tmp_path / "there").mkdir()
-    done = predicted(server, ended.out.strip(), tmp_path / "there")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = program(PROGRAM, tmp_path / "there", *words_of(server, ended.out.strip()))
+    assert done.code == 0, done.err[-3000:]
     (ours,) = command("generate", run, *words[::2], "--prompt", PROMPTS[0])
-    assert json.loads(done.stdout.splitlines()[-1])[0] == ours.out.removesuffix("\n")
+    assert json.loads(done.out.splitlines()[-1])[0] == ours.out.removesuffix("\n")
     (kept,) = (server.folder / "artifacts").rglob("engine.json")
     assert json.loads(kept.read_text()) == settings
     assert "bits: 8" in (kept.parent / "run.yaml").read_text()
@@ -192,11 +192,11 @@ def test_a_deleted_base_is_one_clear_line(server, run, address, tmp_path):
     base = run.parent / "base"
     moved = base.rename(run.parent / "moved")
     try:
-        done = predicted(server, address, tmp_path)
+        done = program(PROGRAM, tmp_path, *words_of(server, address))
     finally:
         moved.rename(base)
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
+    assert done.code != 0
+    last = done.err.strip().splitlines()[-1]
     assert str(base) in last
 
 
