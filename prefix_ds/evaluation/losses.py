@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_ds.data.ahead import Ahead
+from prefix_ds.data.batch import Share
 from prefix_ds.data.examples import Examples, Ints
 from prefix_ds.data.packing import Limits
 from prefix_ds.data.stream import Sweep
@@ -52,23 +54,24 @@ def record_losses(writer: Writer, examples: Examples, limits: Limits, world: Wor
     """The losses of every record of a split. Every rank calls this."""
     sweep = Sweep(examples, limits, world)
     nll_E = np.zeros(len(examples))
-    with masks_unread(), progress_bar("reading", len(sweep), is_visible=world.is_first) as bar:
-        for number in range(len(sweep)):
-            _read(writer, sweep, number, nll_E)
+    shares = Ahead(sweep.share, len(sweep), world.device)
+    with masks_unread(), shares, progress_bar("reading", len(sweep), is_visible=world.is_first) as bar:
+        for number, share in enumerate(shares):
+            _read(writer, share, sweep.examples_of(number), examples.num_targets, nll_E)
             bar.at(number + 1)
     writer.lm.detach()
     return _by_record(summed(torch.from_numpy(nll_E)).numpy(), examples)
 
 
-def _read(writer: Writer, sweep: Sweep, number: int, nll_E: NDArray[np.float64]) -> None:
-    """Puts the losses of this rank's part of a chunk where they belong."""
-    micro_batches = zip(sweep.share(number).micro_batches, sweep.examples_of(number), strict=True)
-    for batch, numbers in micro_batches:
-        moved = batch.to(sweep.world.device)
-        nll_M = writer.lm.nll_of_each(moved, writer.table_PD, writer.slots).cpu().numpy()
-        ends = np.cumsum(sweep.examples.num_targets[numbers])
+def _read(
+    writer: Writer, share: Share, examples: list[list[int]], num_targets_E: Ints, nll_E: NDArray[np.float64]
+) -> None:
+    """Puts the losses of a share, whose micro-batches hold these examples, where they belong."""
+    for batch, numbers in zip(share.micro_batches, examples, strict=True):
+        nll_M = writer.lm.nll_of_each(batch, writer.table_PD, writer.slots).cpu().numpy()
+        ends = np.cumsum(num_targets_E[numbers])
         for example, end in zip(numbers, ends.tolist(), strict=True):
-            nll_E[example] = nll_M[end - int(sweep.examples.num_targets[example]) : end].sum()
+            nll_E[example] = nll_M[end - int(num_targets_E[example]) : end].sum()
 
 
 def _by_record(nll_E: NDArray[np.float64], examples: Examples) -> RecordLosses:
