@@ -957,7 +957,7 @@ def test_a_server_knows_what_is_outdated_chosen_and_written(server: MlflowServer
         assert plain(of_mlflow(server.uri, "told", by)) == plain(of_folders(tmp_path, by=by))
     found = of_mlflow(server.uri, "told")
     assert row(found, "stale").notes == ["evaluated earlier"]
-    assert row(found, "s0").values["valid_loss"].value == 1.0
+    assert row(found, "s").values["valid_loss"].value == 1.0
     assert any("were written differently" in line for line in found.warnings)
 
 
