@@ -120,10 +120,10 @@ def _value(record: dict[str, Any], field: str) -> Any:
 
 
 def _kind(value: dict[str, Any] | list[Any] | None, field: str) -> str:
-    if isinstance(value, dict):
-        inside = f"; name one of its own, as {{{field}.{next(iter(value))}}}" if value else ""
-        return f"an object{inside or '; expected text or a number'}"
-    return f"{'null' if value is None else 'a list in a list'}; expected text or a number"
+    if isinstance(value, dict) and value:
+        return f"an object; name one of its own, as {{{field}.{next(iter(value))}}}"
+    kind = "null" if value is None else "an object" if isinstance(value, dict) else "a list in a list"
+    return f"{kind}; expected text or a number"
 
 
 def _nearest(field: str, record: dict[str, Any]) -> str:
