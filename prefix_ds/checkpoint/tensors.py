@@ -82,7 +82,8 @@ def read_tensors_and_text(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _metadata(text: str) -> dict[str, str]:
-    return {"format": "pt"} | ({"prefix_ds": text} if text else {})
+    """One entry, never two: safetensors writes them in an order that changes from process to process."""
+    return {"prefix_ds": text} if text else {"format": "pt"}
 
 
 @contextlib.contextmanager
