@@ -91,6 +91,8 @@ LAYERS = "expected all, or a list of whole numbers"
         ("data: {valid: [a, 1]}", f"data.valid: ['a', 1]: {SOURCE}"),
         ("train: [a]", "train: ['a']: expected a section with keys"),
         ("train: {max_steps: 1e3}", "train.max_steps: '1e3': expected a whole number"),
+        ("train: {max_steps: true}", "train.max_steps: True: expected a whole number"),
+        ("train: {lr: true}", "train.lr: True: expected a number"),
         ("train: {lr: fast}", "train.lr: 'fast': expected a number"),
         ("train: {lr: -1}", "train.lr: -1: expected at least 0"),
         ("train: {betas: [0.9]}", "train.betas.1: [0.9]: expected two numbers"),

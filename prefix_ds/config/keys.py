@@ -8,10 +8,10 @@ Knows nothing of tensors, clusters or files; imports no torch.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 Recompute = bool | int | Literal["auto"]
 Task = Literal["summarization", "translation", "question_answering", "data_to_text", "generation"]
@@ -31,6 +31,16 @@ class Section(BaseModel):
     """A frozen group of keys; an unknown one is an error, and so is a number that no run is made of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes it for 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
+            raise PydanticKnownError("float_type" if float in kinds else "int_type")
+        return value
 
     @field_validator("*")
     @classmethod
