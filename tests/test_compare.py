@@ -806,6 +806,8 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     assert ".: is a folder; name a file" in said(tmp_path, "--html", ".")
     assert "sqlite:///mlflow.db: there is no such database" in said(cwd=tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
+    assert "migrate-filestore" in said("--uri", "file:./mlruns", "--experiment", "x", cwd=tmp_path)
+    assert not (tmp_path / "mlruns").exists()
 
 
 def test_files_that_are_broken_are_named(tmp_path: Path) -> None:

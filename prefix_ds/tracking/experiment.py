@@ -190,7 +190,7 @@ class Experiment:
 def _check_is_there(uri: str, address: str) -> None:
     """MLflow would make a database, or a folder, that is not there."""
     scheme, _, place = uri.partition(":///") if uri.startswith("sqlite:") else ("", "", uri)
-    is_local = bool(scheme) or ("://" not in uri and not uri.startswith("databricks"))
+    is_local = bool(scheme) or ("://" not in uri and not uri.startswith(("databricks", "file:")))
     if is_local and not Path(place).exists():
         raise RunError(f"{address}: there is no such database; name run folders, or --uri")
 
