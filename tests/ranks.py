@@ -5,6 +5,7 @@ for torch and DeepSpeed once.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -13,11 +14,25 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+_ROOT = Path(__file__).parents[1]
+
+
+def forked(target, *arguments):
+    """A process of the fork server, not yet started."""
+    with contextlib.chdir(_ROOT):  # a test may be elsewhere, where the server would not find what it loads
+        forkserver.ensure_running()
+    return _FORKSERVER.Process(target=_loaded, args=(target, *arguments), daemon=False)
+
+
+def _loaded(target, *arguments):
+    assert "tests.preloaded" in sys.modules, "the fork server has not found what ranks need"
+    target(*arguments)
 
 
 def on_ranks(size, work, *arguments, timeout_seconds=240):
@@ -25,10 +40,8 @@ def on_ranks(size, work, *arguments, timeout_seconds=240):
     port = free_port()
     started = []
     for rank in range(size):
-        mine, theirs = FORKSERVER.Pipe()
-        process = FORKSERVER.Process(
-            target=_rank, args=(theirs, rank, size, port, work, arguments), daemon=False
-        )
+        mine, theirs = _FORKSERVER.Pipe()
+        process = forked(_rank, theirs, rank, size, port, work, arguments)
         process.start()
         theirs.close()
         started.append((process, mine))
@@ -57,10 +70,7 @@ def command(*words, size=1, before=None, timeout_seconds=240):
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(rank) for rank in range(size)]
-        started = [
-            FORKSERVER.Process(target=_commanded, args=(files[rank], words, rank, size, port, before))
-            for rank in range(size)
-        ]
+        started = [forked(_commanded, files[rank], words, rank, size, port, before) for rank in range(size)]
         for process in started:
             process.start()
         for process in started:

@@ -17,7 +17,7 @@ import pytest
 from prefix_ds.checkpoint import latest, read_prefix
 from prefix_ds.config import config_text
 from prefix_ds.errors import EXIT_PEER
-from tests.ranks import FORKSERVER, free_port, rank_environment
+from tests.ranks import forked, free_port, rank_environment
 from tests.workshop import run_config
 
 STEPS = 24
@@ -37,10 +37,7 @@ def main_on_rank(rank, size, port, words, log):
 
 def start(size, words, log):
     port = free_port()
-    ranks = [
-        FORKSERVER.Process(target=main_on_rank, args=(rank, size, port, words, str(log)))
-        for rank in range(size)
-    ]
+    ranks = [forked(main_on_rank, rank, size, port, words, str(log)) for rank in range(size)]
     for process in ranks:
         process.start()
     return ranks

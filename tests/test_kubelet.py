@@ -23,7 +23,7 @@ from prefix_ds.config import config_text
 from prefix_ds.dist import _store_of_all, joined_world
 from prefix_ds.errors import EXIT_BUG, EXIT_DEVICE, EXIT_PEER, EXIT_STOPPED, EXIT_USER
 from tests.kubelet import ROOT, Cluster, action_for, missing, showing_logs
-from tests.ranks import FORKSERVER, command, free_port, rank_environment
+from tests.ranks import command, forked, free_port, rank_environment
 from tests.test_kill import STEPS, trained_bytes
 from tests.workshop import run_config
 
@@ -160,7 +160,7 @@ def arriving(tmp_path):
 
     def arriving(rank, port, work, *arguments):
         errors = tmp_path / f"rank-{rank}"
-        process = FORKSERVER.Process(target=_arrived, args=(errors, rank, port, work, arguments))
+        process = forked(_arrived, errors, rank, port, work, arguments)
         process.start()
         started.append(process)
         return Arriving(process, errors)
