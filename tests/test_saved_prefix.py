@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefix_ds import checkpoint
@@ -134,6 +136,19 @@ def test_any_flipped_bit_is_told(tmp_path: Path) -> None:
             file.write_bytes(flipped)
             with pytest.raises(RunError, match=str(file)):
                 read_prefix(tmp_path)
+
+
+def test_an_earlier_header_had_a_second_entry(tmp_path: Path) -> None:
+    write_prefix(tmp_path, slots_of(1), FACTS)
+    file = tmp_path / "prefix.safetensors"
+    with safe_open(file, "pt") as opened:
+        text = opened.metadata()["prefix_ds"]
+    found = read_prefix(tmp_path)
+    save_file(load_file(file), file, {"format": "pt", "prefix_ds": text})
+    assert read_prefix(tmp_path).facts == found.facts
+    save_file(load_file(file), file, {"format": "np", "prefix_ds": text})
+    with pytest.raises(RunError, match="its header is not what was written"):
+        read_prefix(tmp_path)
 
 
 def test_no_prefix_is_a_clear_error(tmp_path: Path) -> None:

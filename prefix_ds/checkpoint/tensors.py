@@ -76,7 +76,8 @@ def read_tensors_and_text(path: Path) -> tuple[dict[str, Tensor], str]:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = header.get("__metadata__", {})
     text = metadata.get("prefix_ds", "")
-    if text and metadata != _metadata(text):
+    earlier = {"format": "pt", "prefix_ds": text}  # until commit cc532e8
+    if text and metadata not in (_metadata(text), earlier):
         raise RunError(f"{path}: damaged: its header is not what was written")
     return tensors, text
 
